@@ -1,0 +1,8 @@
+"""Embedding stores, importers and the bundled sample data."""
+
+from __future__ import annotations
+
+from diffgap.data.stamps import load_stamps
+from diffgap.data.store import SPLITS, EmbeddingStore, write_store
+
+__all__ = ["SPLITS", "EmbeddingStore", "load_stamps", "write_store"]
