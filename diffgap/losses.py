@@ -1,0 +1,209 @@
+"""Drop-in replacements of open_clip's contrastive losses, on :func:`clip_loss` and :func:`siglip_loss`.
+
+The same constructor and call as ``open_clip.loss.ClipLoss`` and ``SigLipLoss`` (3.3.0 and main), the same
+loss and, under ``DistributedDataParallel``, the same gradients. What differs: the loss is float32 also for
+float16 and bfloat16 embeddings and inside autocast, and the gradient of ``ClipLoss``'s ``logit_bias`` is
+exactly 0, as it should be.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from diffgap.ops._contrastive import block_bytes
+from diffgap.ops.clip_loss import clip_loss
+from diffgap.ops.siglip_loss import siglip_loss
+
+_SIGLIP_EXCHANGES = ("bidir", "shift", "reduce", "gather")
+
+
+def _check_world(rank: int, world_size: int) -> None:
+    if world_size < 1 or not 0 <= rank < world_size:
+        raise ValueError(f"rank must lie in [0, world_size), got rank={rank}, world_size={world_size}")
+
+
+def _check_group(rank: int, world_size: int) -> None:
+    """Raise unless the default process group is the one the loss was built for."""
+    if not (dist.is_available() and dist.is_initialized()):
+        raise RuntimeError(
+            f"world_size={world_size} needs torch.distributed: call init_process_group, or set world_size=1"
+        )
+    if (dist.get_rank(), dist.get_world_size()) != (rank, world_size):
+        raise ValueError(
+            f"the loss was built for rank {rank} of {world_size}, but the process group says rank "
+            f"{dist.get_rank()} of {dist.get_world_size()}"
+        )
+
+
+def _one_dtype(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Both in the wider dtype: under autocast two towers may end in different ones."""
+    dtype = torch.promote_types(a.dtype, b.dtype)
+    return a.to(dtype), b.to(dtype)
+
+
+def _gather_with_grad(x: Tensor) -> Tensor:
+    """Rows of all ranks; the gradients all ranks have for this rank's rows are summed."""
+    # Here, because a torch built without distributed lacks the module.
+    from torch.distributed._functional_collectives import all_gather_tensor_autograd
+
+    world = dist.group.WORLD
+    assert world is not None, "_check_group has passed"
+    return all_gather_tensor_autograd(x.contiguous(), gather_dim=0, group=world)
+
+
+def _gather(x: Tensor) -> Tensor:
+    """Rows of all ranks, without gradient."""
+    gathered = x.new_empty((dist.get_world_size() * x.shape[0], x.shape[1]))
+    dist.all_gather_into_tensor(gathered, x.detach().contiguous())
+    return gathered
+
+
+def gather_rows(x: Tensor) -> Tensor:
+    """Rows (N, ...) of all ranks of the default process group, as many on each; ``x`` itself outside a group.
+
+    Differentiable: each rank's rows get the sum of the gradients that all ranks have for them.
+    """
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return x
+    if x.is_floating_point():
+        return _gather_with_grad(x)
+    return _gather(x.flatten(1) if x.dim() > 1 else x[:, None]).view(-1, *x.shape[1:])
+
+
+class ClipLoss(nn.Module):
+    """open_clip's ``ClipLoss``.
+
+    Args:
+        local_loss: Every rank computes the loss of its own rows against all ranks' embeddings, instead of the
+            whole.
+        gather_with_grad: Gradients flow back through the gathered embeddings to the ranks they came from.
+            Without it a rank differentiates only its own rows; with ``local_loss`` too, only as queries.
+        cache_labels: Accepted; there are no label tensors to cache.
+        rank: This process's rank.
+        world_size: Number of processes. Above 1, the default process group is used, and every rank must have
+            the same number of rows.
+        use_horovod: Only ``False``.
+
+    Raises:
+        ValueError: Horovod, a rank outside the world, or a process group of another rank or size.
+        RuntimeError: ``world_size`` above 1 and no process group.
+    """
+
+    def __init__(
+        self,
+        local_loss: bool = False,
+        gather_with_grad: bool = False,
+        cache_labels: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
+        use_horovod: bool = False,
+    ) -> None:
+        super().__init__()
+        _check_world(rank, world_size)
+        if use_horovod:
+            raise ValueError("use_horovod=True is not supported; use torch.distributed")
+        self.local_loss = local_loss
+        self.gather_with_grad = gather_with_grad
+        self.cache_labels = cache_labels
+        self.rank = rank
+        self.world_size = world_size
+
+    def forward(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: float | Tensor,
+        logit_bias: float | Tensor | None = None,
+        output_dict: bool = False,
+    ) -> Tensor | dict[str, Tensor]:
+        """The loss of (N, D) features of this rank, or ``{"contrastive_loss": loss}``; see
+        :func:`clip_loss`."""
+        image, text = _one_dtype(image_features, text_features)
+        if self.world_size == 1:
+            loss = clip_loss(image, text, logit_scale)
+        elif self.local_loss:
+            all_image, all_text = self._gather_all(image), self._gather_all(text)
+            first = self.rank * image.shape[0]
+            loss = (
+                clip_loss(image, all_text, logit_scale, one_sided=True, label_offset=first)
+                + clip_loss(text, all_image, logit_scale, one_sided=True, label_offset=first)
+            ) / 2
+        else:
+            loss = clip_loss(self._gather_all(image), self._gather_all(text), logit_scale)
+        if isinstance(logit_bias, Tensor):
+            # Both softmaxes cancel a bias; in the graph it gets the zero gradient that DDP waits for.
+            loss = loss + 0 * logit_bias.sum()
+        return {"contrastive_loss": loss} if output_dict else loss
+
+    def _gather_all(self, x: Tensor) -> Tensor:
+        _check_group(self.rank, self.world_size)
+        if self.gather_with_grad:
+            return _gather_with_grad(x)
+        gathered = _gather(x)
+        if self.local_loss:
+            return gathered
+        first = self.rank * x.shape[0]
+        return torch.cat([gathered[:first], x, gathered[first + x.shape[0] :]])
+
+
+class SigLipLoss(nn.Module):
+    """open_clip's ``SigLipLoss``.
+
+    Args:
+        cache_labels: Accepted; there are no label tensors to cache.
+        rank: This process's rank.
+        world_size: Number of processes. Above 1, the default process group is used, and every rank must have
+            the same number of rows.
+        dist_impl: ``"bidir"``, ``"shift"``, ``"reduce"`` or ``"gather"``, or ``None``: open_clip's ways to
+            move the text features. They differ in transfers, not in the loss; here all of them gather.
+        chunk_size: Rows of the similarity matrix held at a time where no kernel runs; 0 is all of them. The
+            backward pass recomputes them, so unlike open_clip's this bounds the memory of training too.
+
+    Raises:
+        ValueError: a rank outside the world, an unknown ``dist_impl``, a negative ``chunk_size``, or a
+            process group of another rank or size.
+        RuntimeError: ``world_size`` above 1 and no process group.
+    """
+
+    def __init__(
+        self,
+        cache_labels: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
+        dist_impl: str | None = None,
+        chunk_size: int = 0,
+    ) -> None:
+        super().__init__()
+        _check_world(rank, world_size)
+        if dist_impl is not None and dist_impl not in _SIGLIP_EXCHANGES:
+            raise ValueError(
+                f"dist_impl must be one of {', '.join(_SIGLIP_EXCHANGES)} or None, got {dist_impl!r}"
+            )
+        if chunk_size < 0:
+            raise ValueError(f"chunk_size must be a number of rows, 0 for all, got {chunk_size}")
+        self.cache_labels = cache_labels
+        self.rank = rank
+        self.world_size = world_size
+        self.dist_impl = dist_impl or "bidir"
+        self.chunk_size = chunk_size
+
+    def forward(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: float | Tensor,
+        logit_bias: float | Tensor | None = None,
+        output_dict: bool = False,
+    ) -> Tensor | dict[str, Tensor]:
+        """The loss of (N, D) features of this rank, or ``{"contrastive_loss": loss}``; see
+        :func:`siglip_loss`."""
+        image, text = _one_dtype(image_features, text_features)
+        first = 0
+        if self.world_size > 1:
+            _check_group(self.rank, self.world_size)
+            first, text = self.rank * text.shape[0], _gather_with_grad(text)
+        budget = self.chunk_size * block_bytes(image, text.shape[0]) or None
+        loss = siglip_loss(image, text, logit_scale, logit_bias, label_offset=first, memory_budget=budget)
+        return {"contrastive_loss": loss} if output_dict else loss

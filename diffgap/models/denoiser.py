@@ -1,0 +1,201 @@
+"""One denoising network for every direction between modalities.
+
+The embedding being denoised and its conditions are turned into tokens. Target tokens attend to one another
+and to the condition tokens, and are modulated (adaLN-Zero) by the time and the direction.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from diffgap.models.blocks import ROWS_PER_BLOCK, DiTBlock, Residual, TimestepEmbedding
+from diffgap.models.condition import Condition, ConditionEncoder, EncodedCondition
+from diffgap.models.tokens import DenoiserConfig, Kind, TokenHead, Tokenizer, modality_index
+
+__all__ = ["Condition", "Denoiser", "DenoiserConfig", "EncodedCondition", "StepRows"]
+
+
+class StepRows(NamedTuple):
+    """The modulation of all sampling steps, made beforehand.
+
+    Attributes:
+        rows: (S, P, R, width), for P distinct directions.
+        direction: (B,) int64, the direction of each sample.
+    """
+
+    rows: Tensor
+    direction: Tensor
+
+    def at(self, step: int | Tensor) -> Tensor:
+        """(B, R, width), the modulation of one step; a 0-d tensor selects it without leaving its device."""
+        rows = (
+            self.rows[step]
+            if isinstance(step, int)
+            else self.rows.index_select(0, step.reshape(1)).squeeze(0)
+        )
+        if len(rows) == 1:
+            return rows.expand(len(self.direction), -1, -1)
+        return rows.index_select(0, self.direction)
+
+
+class Denoiser(nn.Module):
+    """What the schedule asks for (noise, x0, v), from a noisy embedding and embeddings of other modalities.
+
+    :meth:`forward` encodes the condition, makes the modulation and denoises; a sampler calls
+    :meth:`encode_condition` and :meth:`precompute` once, and :meth:`denoise` at every step. The output is
+    zero at initialisation.
+    """
+
+    def __init__(self, config: DenoiserConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.tokens = Tokenizer(config)
+        self.condition = ConditionEncoder(config)
+        self.time = TimestepEmbedding(config.width)
+        self.target = nn.Embedding(len(config.kinds), config.width)
+        self.source = nn.Embedding(len(config.kinds), config.width)
+        self.rows = nn.Linear(config.width, (ROWS_PER_BLOCK * config.depth + 2) * config.width)
+        self.blocks = nn.ModuleList(DiTBlock(config) for _ in range(config.depth))
+        self.head = TokenHead(config)
+        self._initialise()
+
+    def _initialise(self) -> None:
+        """DiT's initialisation: Xavier for products, 0.02 for embeddings, zero for modulation and output."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.Embedding):
+                nn.init.normal_(module.weight, std=0.02)
+        for parameter in (self.rows.weight, *self.head.parameters()):
+            nn.init.zeros_(parameter)
+
+    def forward(
+        self,
+        noisy: Tensor,
+        t: Tensor,
+        target: int | Tensor,
+        conditions: Sequence[Condition] = (),
+        *,
+        mask: Tensor | None = None,
+        drop: Tensor | None = None,
+    ) -> Tensor:
+        """The prediction for noisy embeddings.
+
+        Args:
+            noisy: (B, D), or (B, T, D) for a sequence modality.
+            t: (B,) timesteps on the scale of 0 to 1000, integer or not.
+            target: index of the modality being denoised, an int or int64 (B,).
+            conditions: none (unconditional), or several, seen together.
+            mask: (B, T) bool for sequences, True where there is a frame; the prediction is zero elsewhere.
+            drop: (B,) bool, True hides all conditions of the sample (classifier-free guidance).
+
+        Returns:
+            The shape of ``noisy``.
+
+        Raises:
+            ValueError: an embedding, mask, ``t`` or ``drop`` of the wrong shape, or an unknown modality.
+        """
+        self._check("noisy", noisy, target, mask, len(noisy))
+        encoded = self.encode_condition(conditions, len(noisy), drop=drop)
+        return self.denoise(noisy, target, self.modulation(t, target, encoded.sources), encoded, mask=mask)
+
+    def encode_condition(
+        self, conditions: Sequence[Condition], batch_size: int, *, drop: Tensor | None = None
+    ) -> EncodedCondition:
+        """What :meth:`denoise` needs of the conditions, at any timestep; arguments as in :meth:`forward`.
+
+        A sample with nothing present, or dropped, has one learned null token instead.
+        """
+        for i, (embedding, source, present) in enumerate(conditions):
+            self._check(f"conditions[{i}]", embedding, source, present, batch_size)
+        if drop is not None and (drop.shape != (batch_size,) or drop.dtype != torch.bool):
+            raise ValueError(
+                f"drop is {drop.dtype} {tuple(drop.shape)}; pass bool ({batch_size},), one a sample"
+            )
+        encoded: EncodedCondition = self.condition(conditions, batch_size, drop)
+        return encoded
+
+    def modulation(self, t: Tensor, target: int | Tensor, sources: Tensor) -> Tensor:
+        """Modulation of the blocks and the final norm, (B, 6 * depth + 2, width), from time and direction.
+
+        Args:
+            t: (B,) timesteps.
+            target: index of the modality being denoised, an int or int64 (B,).
+            sources: (B, modalities), see :class:`EncodedCondition`.
+        """
+        if t.shape != sources.shape[:1]:
+            raise ValueError(f"t has shape {tuple(t.shape)}; pass ({len(sources)},), one timestep a sample")
+        target = modality_index(target, len(sources), sources.device)
+        drive = self.time(t) + self.target(target) + sources @ self.source.weight
+        rows: Tensor = self.rows(F.silu(drive)).unflatten(
+            -1, (ROWS_PER_BLOCK * self.config.depth + 2, self.config.width)
+        )
+        return rows
+
+    def precompute(self, timesteps: Tensor, target: int | Tensor, sources: Tensor) -> StepRows:
+        """:meth:`modulation` at each of ``timesteps`` (S,), computed once for each distinct direction."""
+        target = modality_index(target, len(sources), sources.device)
+        keys = torch.cat([target.unsqueeze(1).to(sources.dtype), sources], 1)
+        directions, inverse = keys.unique(dim=0, return_inverse=True)
+        steps, count = len(timesteps), len(directions)
+        pairs = directions.repeat(steps, 1)  # (S * P, 1 + modalities)
+        rows = self.modulation(timesteps.repeat_interleave(count), pairs[:, 0].long(), pairs[:, 1:])
+        return StepRows(rows.unflatten(0, (steps, count)), inverse)
+
+    def denoise(
+        self,
+        noisy: Tensor,
+        target: int | Tensor,
+        rows: Tensor,
+        encoded: EncodedCondition,
+        *,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        """The prediction from modulation ``rows`` and an ``encoded`` condition; else as :meth:`forward`."""
+        self._check("noisy", noisy, target, mask, len(rows))
+        tokens = self.tokens(noisy, target, mask)
+        stream = Residual(tokens)
+        *block_rows, final = rows.split(ROWS_PER_BLOCK, 1)
+        key_mask = _joint_mask(tokens, mask, encoded)
+        for block, own_rows, context in zip(self.blocks, block_rows, encoded.keys_values, strict=True):
+            stream = block(stream, own_rows, context=context, key_mask=key_mask)
+        _, h = stream.normed(*final.unbind(1))
+        output: Tensor = self.head(h, pooled=noisy.ndim == 2)
+        return output if mask is None else output.masked_fill(~mask.unsqueeze(-1), 0.0)
+
+    def _check(
+        self, name: str, embedding: Tensor, modality: int | Tensor, mask: Tensor | None, batch_size: int
+    ) -> None:
+        """Raise one clear error for an embedding the network cannot take."""
+        kinds, width = self.config.kinds, self.config.embedding_dim
+        shape = tuple(embedding.shape)
+        if embedding.ndim not in (2, 3) or shape[-1] != width:
+            raise ValueError(f"{name} has shape {shape}; pass (batch, {width}) or (batch, frames, {width})")
+        if shape[0] != batch_size:
+            raise ValueError(f"{name} has {shape[0]} samples, expected {batch_size}; make them equal")
+        if isinstance(modality, int) and not 0 <= modality < len(kinds):
+            raise ValueError(f"{name} has modality {modality}; use 0 to {len(kinds) - 1}")
+        kind: Kind = "vector" if embedding.ndim == 2 else "sequence"
+        if kind not in ((kinds[modality],) if isinstance(modality, int) else kinds):
+            raise ValueError(f"{name} has shape {shape}, a {kind}; modality {modality} of {kinds} is not one")
+        if mask is not None and (mask.shape != shape[:-1] or mask.dtype != torch.bool):
+            raise ValueError(
+                f"the mask of {name} is {mask.dtype} {tuple(mask.shape)}; pass bool {shape[:-1]}"
+            )
+
+
+def _joint_mask(tokens: Tensor, mask: Tensor | None, encoded: EncodedCondition) -> Tensor | None:
+    """The key mask over [target tokens | condition tokens], or ``None`` where nothing is hidden."""
+    if mask is None and encoded.mask is None:
+        return None
+    context, _ = encoded.keys_values[0]
+    own = tokens.new_ones(1, 1, dtype=torch.bool) if mask is None else mask
+    own = own if own.ndim == 2 else own.unsqueeze(1)
+    other = tokens.new_ones(context.shape[:2], dtype=torch.bool) if encoded.mask is None else encoded.mask
+    return torch.cat([own.expand(tokens.shape[:2]), other], 1)

@@ -1,0 +1,139 @@
+"""Argument checks and row blocking shared by the contrastive ops (clip_loss, siglip_loss, similarity)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+Reduction = Literal["mean", "sum", "none"]
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+# Tensors of the block's size that live at once while its loss is differentiated: the logits, their
+# log-probabilities and the gradients of both.
+_LIVE_TENSORS = 4
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """float64 for float64 inputs, else float32: what similarities are accumulated and returned in."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def check_embeddings(op: str, names: tuple[str, str], x: Tensor, y: Tensor) -> None:
+    """Raise unless ``x`` (N, D) and ``y`` (M, D) are floating-point, of one dtype, device and width."""
+    for name, value in zip(names, (x, y), strict=True):
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{op}: {name} must be a tensor, got {type(value).__name__}")
+        if value.ndim != 2:
+            raise ValueError(f"{op}: {name} must be (rows, width), got shape {tuple(value.shape)}")
+        if value.dtype not in _DTYPES:
+            raise TypeError(f"{op}: {name} must be float32, float16, bfloat16 or float64, got {value.dtype}")
+    x_name, y_name = names
+    if x.shape[1] != y.shape[1]:
+        raise ValueError(
+            f"{op}: {x_name} and {y_name} must have one width, got {x.shape[1]} and {y.shape[1]}"
+        )
+    if x.dtype != y.dtype:
+        raise TypeError(
+            f"{op}: {x_name} and {y_name} must have one dtype, got {x.dtype} and {y.dtype}; cast one"
+        )
+    if x.device != y.device:
+        raise ValueError(f"{op}: {x_name} and {y_name} must be on one device, got {x.device} and {y.device}")
+
+
+def check_integers(op: str, name: str, values: Tensor, rows: Tensor) -> None:
+    """Raise unless ``values`` is an int64 vector with one entry per row of ``rows``, on its device."""
+    if not isinstance(values, Tensor):
+        raise TypeError(f"{op}: {name} must be an int64 tensor, got {type(values).__name__}")
+    if values.dtype != torch.int64:
+        raise TypeError(f"{op}: {name} must be int64, got {values.dtype}")
+    if values.shape != rows.shape[:1]:
+        raise ValueError(
+            f"{op}: {name} must be ({rows.shape[0]},), one per row, got shape {tuple(values.shape)}"
+        )
+    if values.device != rows.device:
+        raise ValueError(f"{op}: {name} must be on {rows.device}, got {values.device}")
+
+
+def check_ids(op: str, a: Tensor, b: Tensor, ids_a: Tensor | None, ids_b: Tensor | None, offset: int) -> None:
+    """Raise unless the positives are well defined: both ids and no offset, or a diagonal within (N, M)."""
+    if (ids_a is None) != (ids_b is None):
+        missing = "ids_a" if ids_a is None else "ids_b"
+        raise ValueError(f"{op}: {missing} is missing; give ids_a and ids_b together")
+    if ids_a is not None and ids_b is not None:
+        check_integers(op, "ids_a", ids_a, a)
+        check_integers(op, "ids_b", ids_b, b)
+        if offset != 0:
+            raise ValueError(f"{op}: label_offset={offset} has no meaning with ids; leave it out")
+    elif not 0 <= offset <= b.shape[0] - a.shape[0]:
+        raise ValueError(
+            f"{op}: row i's positive is row i + {offset} of b, but a has {a.shape[0]} rows and b has "
+            f"{b.shape[0]}; give ids_a and ids_b, or a label_offset that fits"
+        )
+
+
+def check_options(op: str, reduction: str, memory_budget: int | None) -> None:
+    """Raise on an unknown reduction or a memory budget that is not a positive number of bytes."""
+    if reduction not in get_args(Reduction):
+        raise ValueError(
+            f"{op}: reduction must be one of {', '.join(get_args(Reduction))}, got {reduction!r}"
+        )
+    if memory_budget is not None and memory_budget <= 0:
+        raise ValueError(
+            f"{op}: memory_budget must be a positive number of bytes or None, got {memory_budget}"
+        )
+
+
+def scalar(op: str, name: str, value: float | Tensor, like: Tensor) -> Tensor:
+    """``value`` as a 0-d tensor in the compute dtype on the device of ``like``, differentiable.
+
+    A non-finite number raises. So does a CPU tensor; one on a device is not read, for that would stop the
+    host until the device has caught up, and shows as a non-finite loss.
+    """
+    if isinstance(value, Tensor):
+        if value.numel() != 1 or not value.is_floating_point():
+            raise ValueError(
+                f"{op}: {name} must be a number or a floating-point tensor of one element, "
+                f"got {value.dtype} of shape {tuple(value.shape)}"
+            )
+        readable = value.device.type == "cpu" and not torch.compiler.is_compiling()
+        if readable and not math.isfinite(value.item()):
+            raise ValueError(f"{op}: {name} must be finite, got {value.item()}")
+        return value.reshape(()).to(like.device, compute_dtype(like))
+    if not isinstance(value, (int, float)):
+        raise TypeError(
+            f"{op}: {name} must be a number or a tensor of one element, got {type(value).__name__}"
+        )
+    if not math.isfinite(value):
+        raise ValueError(f"{op}: {name} must be finite, got {value}")
+    return torch.full((), float(value), dtype=compute_dtype(like), device=like.device)
+
+
+def block_bytes(x: Tensor, columns: int) -> int:
+    """Bytes that a row of ``columns`` similarities of ``x`` takes while its loss is differentiated."""
+    return _LIVE_TENSORS * columns * torch.finfo(compute_dtype(x)).bits // 8
+
+
+def by_rows(
+    function: Callable[[Tensor, Tensor], Tensor],
+    x: Tensor,
+    positions: Tensor,
+    row_bytes: int,
+    budget: int | None,
+) -> Tensor:
+    """Concatenate ``function(x[rows], positions[rows])`` over blocks of rows that fit in ``budget`` bytes.
+
+    The backward pass recomputes each block, so only one is in memory at a time. A block has at least one row;
+    without a budget it has all of them, and nothing is recomputed.
+    """
+    if budget is None or budget >= row_bytes * x.shape[0]:
+        return function(x, positions)
+    size = max(1, budget // row_bytes)
+    blocks = zip(x.split(size), positions.split(size), strict=True)
+    parts = [checkpoint(function, *block, use_reentrant=False, preserve_rng_state=False) for block in blocks]
+    return torch.cat(parts)

@@ -1,0 +1,195 @@
+"""Which implementation an op takes, and how ops are registered with ``torch.library``.
+
+Every op has one eager reference and at most one native kernel per device. :func:`choose` decides between them for
+the inputs of one call; :func:`define` gives the op its ``torch.library`` schema, fake and default implementation, so
+that a native kernel only has to register itself for its device.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+Backend = Literal["auto", "eager", "native"]
+Route = Literal["eager", "native"]
+
+_LIBRARY = torch.library.Library("diffgap", "FRAGMENT")
+
+
+def _checked(name: str, source: str) -> str:
+    if name not in get_args(Backend):
+        raise ValueError(f"{source}: unknown backend {name!r}; use one of {', '.join(get_args(Backend))}")
+    return name
+
+
+# A plain global, because torch.compile guards on it and retraces when it changes; it holds for the whole process.
+_mode: str = _checked(os.environ.get("DIFFGAP_BACKEND", "auto"), "DIFFGAP_BACKEND")
+
+
+@contextmanager
+def backend(name: Backend) -> Iterator[None]:
+    """Select the implementation of every op inside the ``with`` block, process-wide.
+
+    ``auto`` takes the native kernel where the inputs qualify and the eager reference elsewhere, ``eager`` always the
+    reference, ``native`` always the kernel, raising :class:`RuntimeError` where there is none. The environment
+    variable ``DIFFGAP_BACKEND`` sets the default.
+
+    Raises:
+        ValueError: ``name`` is none of the three.
+    """
+    global _mode
+    previous, _mode = _mode, _checked(name, "backend")
+    try:
+        yield
+    finally:
+        _mode = previous
+
+
+@dataclass(frozen=True)
+class Native:
+    """A native kernel of one op on one device.
+
+    Attributes:
+        provider: What it is written in, e.g. ``"C++"``.
+        dtypes: Dtypes it takes.
+        missing: Why it cannot run on this machine, with the fix, or ``None`` if it can.
+    """
+
+    provider: str
+    dtypes: tuple[torch.dtype, ...]
+    missing: str | None = None
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One row of :func:`explain`: the backend an op takes for float32 inputs on a device, and why."""
+
+    op: str
+    device: str
+    backend: Route
+    reason: str
+
+
+_ops: dict[str, dict[str, Native]] = {}
+
+
+def _obstacle(op: str, device: str, dtype: torch.dtype) -> str | None:
+    """Why the native kernel of ``op`` cannot take inputs of this device and dtype; ``None`` if it can."""
+    native = _ops[op].get(device)
+    if native is None:
+        return f"no native {device} kernel exists for it"
+    if native.missing is not None:
+        return native.missing
+    if dtype not in native.dtypes:
+        return f"its {native.provider} kernel does not take {dtype}"
+    return None
+
+
+def choose(op: str, tensor: Tensor) -> Route:
+    """The route one call of ``op`` takes, from the device and dtype of its leading tensor.
+
+    Raises:
+        RuntimeError: backend ``native`` was asked for and no kernel takes these inputs.
+    """
+    if _mode == "eager":
+        return "eager"
+    obstacle = _obstacle(op, tensor.device.type, tensor.dtype)
+    if obstacle is None:
+        return "native"
+    if _mode == "native":
+        raise RuntimeError(
+            f"{op}: backend 'native' was asked for, but {obstacle}; use diffgap.backend('auto')"
+        )
+    return "eager"
+
+
+def explain() -> list[Choice]:
+    """The backend each op takes on this machine for float32 inputs, per device present, and the reason."""
+    devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    rows = []
+    for op in sorted(_ops):
+        for device in devices:
+            obstacle = _obstacle(op, device, torch.float32)
+            if _mode == "eager":
+                rows.append(Choice(op, device, "eager", "backend 'eager' is set"))
+            elif obstacle is None:
+                rows.append(Choice(op, device, "native", f"{_ops[op][device].provider} kernel"))
+            else:
+                rows.append(Choice(op, device, "eager", obstacle))
+    return rows
+
+
+def declare(op: str, **natives: Native) -> None:
+    """Make ``op`` known to :func:`choose` and :func:`explain`; ``natives`` maps a device type to its kernel."""
+    _ops[op] = dict(natives)
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The dtype autocast computes in on the device of ``x``, or ``None`` where it is off."""
+    device = x.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return None
+
+
+def distinct(*tensors: Tensor | None) -> list[Tensor | None]:
+    """The tensors, with a view in place of each that occurs earlier in the list.
+
+    ``torch.compile`` refuses an ``autograd.Function`` that is given one tensor twice, as self-attention's ``q is k``.
+    """
+    result: list[Tensor | None] = []
+    for tensor in tensors:
+        repeated = tensor is not None and any(tensor is other for other in result)
+        result.append(tensor.view_as(tensor) if tensor is not None and repeated else tensor)
+    return result
+
+
+def define(schema: str, default: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+    """Register ``diffgap::<schema>`` with a default implementation for every device, and return its overload.
+
+    ``default`` runs wherever no kernel is registered for the device. ``fake`` computes shapes and dtypes for
+    ``torch.compile`` and meta tensors.
+    """
+    name = schema.partition("(")[0]
+    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _LIBRARY.impl(name, default, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"diffgap::{name}", fake, lib=_LIBRARY)
+    return getattr(torch.ops.diffgap, name).default
+
+
+def vjp(
+    function: Callable[..., Tensor | tuple[Tensor, ...]],
+    inputs: Sequence[Any],
+    grad_outputs: Sequence[Tensor],
+) -> list[Tensor]:
+    """Vector-Jacobian product of ``function`` at ``inputs``, recomputing the forward pass.
+
+    The default implementation of every backward op. Returns one tensor per input: its gradient, contiguous and sharing
+    memory with nothing, or an empty tensor of shape (0,) for an input that is not a floating-point tensor.
+    """
+    # A kernel called from a TorchDispatchMode (opcheck, profilers, FakeTensorMode) runs with autograd excluded.
+    autograd_recorded = torch._C._SetExcludeDispatchKeyGuard(
+        torch._C.DispatchKey.AutogradFunctionality, False
+    )
+    with autograd_recorded, torch.enable_grad():
+        leaves = [
+            x.detach().requires_grad_() if isinstance(x, Tensor) and x.is_floating_point() else x
+            for x in inputs
+        ]
+        outputs = function(*leaves)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        wanted = [x for x in leaves if isinstance(x, Tensor) and x.requires_grad]
+        grads = torch.autograd.grad(outputs, wanted, grad_outputs, allow_unused=True, materialize_grads=True)
+    remaining = iter(grads)
+    return [
+        next(remaining).clone(memory_format=torch.contiguous_format)
+        if isinstance(x, Tensor) and x.requires_grad
+        else grad_outputs[0].new_empty(0)
+        for x in leaves
+    ]

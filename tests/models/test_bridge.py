@@ -1,0 +1,226 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from diffgap.data.store import EmbeddingStore
+from diffgap.models.bridge import DiffGAP
+from diffgap.models.settings import BridgeSettings
+
+SMALL: dict[str, Any] = {"width": 16, "tokens": 4, "denoiser_width": 16, "depth": 1, "heads": 2, "dropout": 0.0}
+
+
+def make(sequences: tuple[str, ...] = (), **settings: Any) -> DiffGAP:
+    """A small bridge whose output layers are not zero, as if it had been trained."""
+    torch.manual_seed(0)
+    bridge = DiffGAP({"text": 10, "audio": 12, "image": 14}, BridgeSettings(**{**SMALL, **settings}), sequences)
+    with torch.no_grad():
+        for parameter in bridge.denoiser.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return bridge
+
+
+def batch(rows: int = 6) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return {name: torch.randn(rows, dim, generator=generator) for name, dim in (("text", 10), ("audio", 12), ("image", 14))}
+
+
+@pytest.fixture(scope="module")
+def store() -> EmbeddingStore:
+    generator = torch.Generator().manual_seed(2)
+    concept = torch.randn(60, 8, generator=generator)
+    arrays = {
+        name: concept @ torch.randn(8, dim, generator=generator) for name, dim in (("text", 10), ("audio", 12), ("image", 14))
+    }
+    return EmbeddingStore.from_arrays(arrays)
+
+
+@pytest.mark.parametrize("split", ["alternate", "half", "random", "joint"])
+@pytest.mark.parametrize("contrastive", ["clip", "siglip", "none"])
+def test_losses_and_gradients(split: str, contrastive: str) -> None:
+    bridge = make(split=split, contrastive=contrastive)
+    losses = bridge(batch(), ids=torch.tensor([0, 0, 1, 2, 3, 4]), step=1)
+    total = losses["diffusion"] + (losses["contrastive"] if contrastive != "none" else 0.0)
+    torch.testing.assert_close(losses["loss"], total)
+    losses["loss"].backward()
+    for name, parameter in bridge.named_parameters():
+        if parameter.requires_grad and parameter.grad is not None:
+            assert torch.isfinite(parameter.grad).all(), name
+    head = bridge.heads["text"].project.weight.grad
+    assert (head is None or head.abs().sum() == 0) == (contrastive == "none"), "only the contrastive loss moves the heads"
+
+
+def test_diffusion_trains_heads_when_asked() -> None:
+    bridge = make(contrastive="none", diffusion_trains_heads=True)
+    bridge(batch())["loss"].backward()
+    grad = bridge.heads["text"].project.weight.grad
+    assert grad is not None and grad.abs().sum() > 0
+
+
+def test_unit_norm_projection() -> None:
+    bridge = make()
+    for name, x in batch().items():
+        torch.testing.assert_close(bridge.project(name, x).norm(dim=-1), torch.ones(6))
+
+
+def test_absent_rows_do_not_matter() -> None:
+    bridge, x = make(split="joint"), batch()
+    present = {"audio": torch.tensor([True] * 4 + [False] * 2)}
+    spoilt = {**x, "audio": x["audio"].index_fill(0, torch.tensor([4, 5]), 99.0)}
+    results = []
+    for embeddings in (x, spoilt):
+        torch.manual_seed(3)
+        results.append(bridge(embeddings, present=present))
+    for name in results[0]:
+        torch.testing.assert_close(results[0][name], results[1][name])
+
+
+def test_frames_beyond_the_length_do_not_matter() -> None:
+    bridge = make(sequences=("audio",))
+    x = batch() | {"audio": torch.randn(6, 5, 12)}
+    lengths = {"audio": torch.tensor([1, 2, 3, 4, 5, 5])}
+    spoilt = x["audio"].clone()
+    spoilt[0, 1:] = 99.0
+    results = []
+    for audio in (x["audio"], spoilt):
+        torch.manual_seed(3)
+        results.append(bridge(x | {"audio": audio}, lengths=lengths))
+    for name in results[0]:
+        torch.testing.assert_close(results[0][name], results[1][name])
+    first = bridge.sample("text", audio=x["audio"][:1], lengths=torch.tensor([1]))
+    torch.testing.assert_close(first, bridge.sample("text", audio=spoilt[:1], lengths=torch.tensor([1])))
+
+
+def test_sample_shapes_and_norms() -> None:
+    bridge = make()
+    samples = bridge.sample("audio", text=batch()["text"], num_samples=3, steps=2)
+    assert samples.shape == (6, 3, 16)
+    torch.testing.assert_close(samples.norm(dim=-1), torch.ones(6, 3))
+    assert (samples[:, 0] - samples[:, 1]).abs().max() > 1e-3, "samples of one condition differ"
+
+
+def test_sampling_sequences() -> None:
+    bridge = make(sequences=("audio",))
+    assert bridge.sample("audio", text=batch()["text"], frames=5, num_samples=2, steps=2).shape == (6, 2, 5, 16)
+    assert bridge.translate("text", audio=torch.randn(6, 7, 12), steps=2, num_samples=2).shape == (6, 16)
+    with pytest.raises(ValueError, match="frames is not given"):
+        bridge.sample("audio", text=batch()["text"])
+
+
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+@pytest.mark.parametrize("solver", ["ddim", "ddpm", "dpmpp", "unipc"])
+def test_a_sample_does_not_depend_on_its_batch(solver: str, guidance: float) -> None:
+    bridge, x = make(), batch()["text"]
+    options = {"solver": solver, "steps": 3, "guidance_scale": guidance, "num_samples": 2}
+    whole = bridge.sample("audio", text=x, **options)
+    torch.testing.assert_close(bridge.sample("audio", text=x, batch_size=2, **options), whole)
+    torch.testing.assert_close(bridge.sample("audio", text=x[:2], **options), whole[:2])
+    assert (bridge.sample("audio", text=x, seed=1, **options) - whole).abs().max() > 1e-3
+
+
+def test_guidance_moves_the_sample() -> None:
+    bridge, x = make(), batch()["text"]
+    plain, guided = (bridge.sample("audio", text=x, steps=3, guidance_scale=g) for g in (1.0, 3.0))
+    assert (plain - guided).abs().max() > 1e-3
+
+
+def test_sample_equals_the_plain_loop() -> None:
+    """Cached conditions and precomputed rows give what calling the denoiser at every step gives."""
+    from diffgap.diffusion.solvers import build_solver
+    from diffgap.models.denoiser import Condition
+    from diffgap.ops import normal, sample_seeds, solver_step
+
+    bridge, x = make().eval(), batch()["text"]
+    names = bridge.modalities
+    seeds = sample_seeds(6, torch.Generator().manual_seed(0))
+    table = build_solver("ddim", bridge.schedule, 4)
+    sample = normal(seeds, (16,))
+    condition = Condition(bridge.scalers["text"].scale(bridge.project("text", x)), names.index("text"))
+    with torch.no_grad():
+        for step, t in enumerate(table.timesteps):
+            output = bridge.denoiser(sample, t.float().expand(6), names.index("audio"), [condition])
+            sample = solver_step(sample, output, table.coefficients, step, x0_norm=4.0).sample
+    expected = torch.nn.functional.normalize(sample, dim=-1)
+    torch.testing.assert_close(bridge.sample("audio", text=x, steps=4)[:, 0], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_scores_of_all_kinds() -> None:
+    bridge, x = make(), batch()
+    pair = {"text": x["text"], "audio": x["audio"][:4]}
+    cosine = bridge.project("text", pair["text"]) @ bridge.project("audio", pair["audio"]).T
+    torch.testing.assert_close(bridge.score(scoring="cosine", **pair), cosine)
+    options = {"num_samples": 2, "steps": 2}
+    bridged = 0.5 * (
+        bridge.translate("audio", text=pair["text"], **options) @ bridge.project("audio", pair["audio"]).T
+        + bridge.project("text", pair["text"]) @ bridge.translate("text", audio=pair["audio"], **options).T
+    )
+    bridge.settings = BridgeSettings(**SMALL, num_samples=2, sampling_steps=2)
+    torch.testing.assert_close(bridge.score(scoring="bridge", **pair), bridged)
+    torch.testing.assert_close(bridge.score(scoring="fusion", alpha=0.7, **pair), cosine + 0.7 * bridged)
+
+
+def test_save_and_load(tmp_path: Path, store: EmbeddingStore) -> None:
+    bridge = make(scaling="whiten")
+    bridge.fit(store)
+    bridge.save_pretrained(tmp_path / "model")
+    assert sorted(path.suffix for path in (tmp_path / "model").iterdir()) == [".json", ".md", ".safetensors"]
+    loaded = DiffGAP.from_pretrained(tmp_path / "model")
+    assert loaded.settings == bridge.settings and loaded.modalities == bridge.modalities
+    x = batch()["text"]
+    assert torch.equal(loaded.sample("audio", text=x, steps=2), bridge.sample("audio", text=x, steps=2))
+    bridge.save_pretrained(tmp_path / "model")  # over itself
+    weights = tmp_path / "model" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-9])
+    with pytest.raises(ValueError, match="does not hold a whole DiffGAP model"):
+        DiffGAP.from_pretrained(tmp_path / "model")
+
+
+def test_cca_start_aligns_pairs(store: EmbeddingStore) -> None:
+    bridge = make()
+    bridge.fit(store)
+    z = {name: bridge.project(name, store.embeddings(name)) for name in bridge.modalities}
+    for a, b in (("text", "audio"), ("text", "image"), ("audio", "image")):
+        scores = z[a] @ z[b].T
+        assert (scores.argmax(1) == torch.arange(60)).float().mean() > 0.95, (a, b)
+
+
+def test_collate_fills_what_is_missing(store: EmbeddingStore) -> None:
+    rows = torch.arange(60)
+    rows[5] = -1
+    partial = EmbeddingStore.from_arrays(
+        {name: store.embeddings(name) for name in store.modalities}, {"row_audio": rows, "id": [str(i) for i in range(60)]}
+    )
+    collated = make().collate(partial, torch.tensor([4, 5]))
+    assert collated["present"]["audio"].tolist() == [True, False]
+    assert collated["embeddings"]["audio"][1].abs().sum() == 0
+    assert torch.isfinite(make()(**collated)["loss"])
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda b: b.sample("smell", text=torch.zeros(1, 10)), "modality 'smell' is unknown .* audio, image, text"),
+        (lambda b: b.sample("audio", text=torch.zeros(1, 9)), r"text has shape \(1, 9\); this bridge takes .* D = 10"),
+        (lambda b: b.sample("audio"), "give exactly one source modality"),
+        (lambda b: b.sample("audio", audio=torch.zeros(1, 12)), "source and target are both 'audio'"),
+        (lambda b: b.sample("audio", text=torch.zeros(1, 10), num_samples=0), "num_samples is 0"),
+        (lambda b: b.sample("audio", text=torch.zeros(1, 10), solver="rk9"), "solver 'rk9' does not exist"),
+        (lambda b: b.score(text=torch.zeros(1, 10)), "score takes two modalities"),
+        (lambda b: DiffGAP({"text": 3}), "modalities has 1 entries"),
+        (lambda b: DiffGAP({"text": 3, "a/b": 3}), "modality name 'a/b' is no identifier"),
+        (lambda b: DiffGAP({"text": 3, "audio": 3}, BridgeSettings(head="identity")), "head 'identity' needs width 128"),
+        (lambda b: DiffGAP({"text": 3, "audio": 3}, sequences=["video"]), "sequences names 'video'"),
+    ],
+)
+def test_bad_input_is_one_clear_error(call: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        call(make())
+
+
+def test_empty_batch() -> None:
+    bridge = make()
+    assert bridge.sample("audio", text=torch.zeros(0, 10), num_samples=2).shape == (0, 2, 16)
