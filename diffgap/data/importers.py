@@ -22,7 +22,7 @@ import torch
 from diffgap._files import atomic_folder
 from diffgap.data._modality import DTYPES, Modality, quantize, validate_modality_name, write_modality
 from diffgap.data._schema import SPLITS, check_index, write_index
-from diffgap.data.store import check_replaceable
+from diffgap.data.store import EmbeddingStore, check_replaceable
 
 __all__ = ["assign_splits", "import_clip_retrieval", "import_npy"]
 
@@ -32,9 +32,7 @@ _ID_COLUMNS = ("id", "key", "image_path", "audio_path", "video_path")
 _MODALITY_NAMES = {"img": "image"}
 
 
-def assign_splits(
-    groups: Sequence[str], fractions: Sequence[float] = (0.8, 0.1, 0.1), *, seed: int = 0
-) -> list[str]:
+def assign_splits(groups: Sequence[str], fractions: Sequence[float] = (0.8, 0.1, 0.1), *, seed: int = 0) -> list[str]:
     """Train, val or test for each group by a hash of its name: rows of a group stay together.
 
     A group's part depends on nothing but ``seed``, ``fractions`` and its own name (SHA-256), so adding data
@@ -42,9 +40,7 @@ def assign_splits(
     """
     shares = np.asarray(fractions, dtype=np.float64)
     if shares.shape != (3,) or not (shares >= 0).all() or abs(shares.sum() - 1) > 1e-6:
-        raise ValueError(
-            f"split fractions {list(fractions)} must be three numbers >= 0 (train, val, test) with sum 1"
-        )
+        raise ValueError(f"split fractions {list(fractions)} must be three numbers >= 0 (train, val, test) with sum 1")
     bounds = np.cumsum(shares)[:2]
     parts = {}
     for group in set(groups):
@@ -65,7 +61,7 @@ def import_npy(
     split_seed: int = 0,
     dtype: str | None = None,
     overwrite: bool = False,
-) -> Path:
+) -> EmbeddingStore:
     """Imports one ``.npy`` per modality, (R, D) or (R, T, D) floats, and a csv with one line per index row.
 
     ``source`` is a folder of ``<modality>.npy`` files (with at most one csv beside them) or {modality: file}.
@@ -73,7 +69,7 @@ def import_npy(
     ``row_<modality>``. ``id``, ``group`` and ``split`` name csv columns; ``split`` may also be three
     fractions, hashed by group (``assign_splits``). By default the columns of these names are taken; without
     them the id is the line number, the group the id, the split 0.8/0.1/0.1. ``dtype`` is "float32", "float16"
-    or "int8" (default: float16 stays, all else becomes float32). Returns ``output``.
+    or "int8" (default: float16 stays, all else becomes float32). Returns the new store, opened.
     """
     if isinstance(source, Mapping):
         files = {name: Path(file) for name, file in source.items()}
@@ -85,14 +81,10 @@ def import_npy(
             raise ValueError(f"{folder} holds {len(found)} csv files; name one with csv=")
         csv = csv if csv is not None else next(iter(found), None)
     if not files:
-        raise FileNotFoundError(
-            f"source {source!s} holds no .npy files; give a folder of <modality>.npy or a mapping"
-        )
+        raise FileNotFoundError(f"source {source!s} holds no .npy files; give a folder of <modality>.npy or a mapping")
     shards = {validate_modality_name(name): [_open_npy(file)] for name, file in files.items()}
     if csv is None:
-        table = pa.table(
-            {"id": pa.array([str(i) for i in range(len(next(iter(shards.values()))[0]))], pa.string())}
-        )
+        table = pa.table({"id": pa.array([str(i) for i in range(len(next(iter(shards.values()))[0]))], pa.string())})
     else:
         table = _read_csv(Path(csv), {c for c in (id, group, split) if isinstance(c, str)})
     table = _with_required_columns(table, str(csv or source), id, group, split, split_seed)
@@ -109,7 +101,7 @@ def import_clip_retrieval(
     split_seed: int = 0,
     dtype: str | None = None,
     overwrite: bool = False,
-) -> Path:
+) -> EmbeddingStore:
     """Imports clip-retrieval's layout: ``X_emb/X_emb_N.npy`` and ``metadata/metadata_N.parquet``.
 
     Every folder ``X_emb`` becomes modality X (``img`` becomes ``image``); shards are joined in the order of N
@@ -132,9 +124,7 @@ def import_clip_retrieval(
     for name, files in shards.items():
         if files.keys() != metadata.keys():
             odd = sorted(files.keys() ^ metadata.keys())
-            raise ValueError(
-                f"{top}: shard {odd[0]} is missing in {name!r} or in metadata; every shard needs both"
-            )
+            raise ValueError(f"{top}: shard {odd[0]} is missing in {name!r} or in metadata; every shard needs both")
         arrays[name] = [_open_npy(files[n]) for n in sorted(files)]
     tables = []
     for position, number in enumerate(sorted(metadata)):
@@ -146,9 +136,7 @@ def import_clip_retrieval(
                     f"embeddings in shard {number}; they must match"
                 )
         if id is None and not set(_ID_COLUMNS) & set(part.column_names):
-            part = part.append_column(
-                "id", pa.array([f"{number}_{i}" for i in range(part.num_rows)], pa.string())
-            )
+            part = part.append_column("id", pa.array([f"{number}_{i}" for i in range(part.num_rows)], pa.string()))
         tables.append(part)
     table = pa.concat_tables(tables, promote_options="permissive")
     source = next((c for c in _ID_COLUMNS if c in table.column_names), None) if id is None else id
@@ -167,9 +155,7 @@ def _numbered(folder: Path, prefix: str, suffix: str) -> dict[int, Path]:
     pattern = re.compile(re.escape(prefix) + r"(\d+)" + re.escape(suffix))
     found = {int(m[1]): f for f in folder.iterdir() if (m := pattern.fullmatch(f.name))}
     if not found:
-        raise FileNotFoundError(
-            f"{folder} holds no {prefix}N{suffix} file; it is not the clip-retrieval layout"
-        )
+        raise FileNotFoundError(f"{folder} holds no {prefix}N{suffix} file; it is not the clip-retrieval layout")
     return found
 
 
@@ -224,9 +210,7 @@ def _with_required_columns(
 
     def column(option: str, name: str) -> pa.ChunkedArray:
         if name not in table.column_names:
-            raise ValueError(
-                f"{option}={name!r}: {where} has no such column; it has {', '.join(table.column_names)}"
-            )
+            raise ValueError(f"{option}={name!r}: {where} has no such column; it has {', '.join(table.column_names)}")
         return table[name].cast(pa.string())
 
     has = set(table.column_names)
@@ -254,16 +238,14 @@ def _write(
     table: pa.Table,
     dtype: str | None,
     overwrite: bool,
-) -> Path:
+) -> EmbeddingStore:
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r} is not supported; choose one of {', '.join(DTYPES)}")
     shapes = {}
     for name, parts in shards.items():
         rests = {part.shape[1:] for part in parts}
         if len(rests) > 1:
-            raise ValueError(
-                f"shards of {name!r} differ in shape: {sorted(rests)}; re-embed them with one encoder"
-            )
+            raise ValueError(f"shards of {name!r} differ in shape: {sorted(rests)}; re-embed them with one encoder")
         shapes[name] = (sum(len(part) for part in parts), *rests.pop())
     # The index is checked against the shapes alone, before anything is written.
     check_index(table, {n: Modality(torch.empty(s, device="meta")) for n, s in shapes.items()}, "index")
@@ -274,7 +256,7 @@ def _write(
             target = DTYPES[dtype] if dtype is not None else torch.float16 if half else torch.float32
             write_modality(folder / f"{name}.safetensors", _stream(parts, target), shapes[name], target)
         write_index(folder / "index.parquet", table)
-    return Path(output)
+    return EmbeddingStore.open(output, check=False)  # every row was checked while it was written
 
 
 def _stream(

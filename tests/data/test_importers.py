@@ -56,22 +56,19 @@ def write_shards(folder: Path, sizes: tuple[int, ...] = (4, 1, 3), *, key: bool 
 
 
 def test_import_npy_folder(npy_folder: Path, tmp_path: Path) -> None:
-    path = import_npy(npy_folder, tmp_path / "store", group="clip", split=(0.5, 0.25, 0.25))
-    store = EmbeddingStore.open(path)
+    import_npy(npy_folder, tmp_path / "store", group="clip", split=(0.5, 0.25, 0.25))
+    store = EmbeddingStore.open(tmp_path / "store")
     assert store.column("id").tolist() == ["007", "008", "009", "010", "011", "012"]
     assert store.column("group").tolist() == list("aabbcc")
     assert store.column("caption")[0] == "dogs, barking"
     np.testing.assert_array_equal(store.embeddings("audio"), AUDIO)
-    np.testing.assert_array_equal(
-        store.embeddings("text", [0, 1, 2, 5]), TEXT[[0, 0, 1, 2]].astype(np.float32)
-    )
+    np.testing.assert_array_equal(store.embeddings("text", [0, 1, 2, 5]), TEXT[[0, 0, 1, 2]].astype(np.float32))
     assert store.rows("text").tolist() == [0, 0, 1, -1, 2, 2]
     assert store.column("split").tolist() == assign_splits(list("aabbcc"), (0.5, 0.25, 0.25))
 
 
 def test_import_npy_mapping_without_csv(npy_folder: Path, tmp_path: Path) -> None:
-    path = import_npy({"sound": npy_folder / "audio.npy"}, tmp_path / "store", dtype="int8")
-    store = EmbeddingStore.open(path)
+    store = import_npy({"sound": npy_folder / "audio.npy"}, tmp_path / "store", dtype="int8")
     assert store.modalities == ("sound",) and store.column("id").tolist() == [str(i) for i in range(6)]
     np.testing.assert_allclose(store.embeddings("sound"), AUDIO, atol=np.abs(AUDIO).max() / 250)
 
@@ -80,14 +77,13 @@ def test_import_npy_takes_a_split_column(npy_folder: Path, tmp_path: Path) -> No
     lines = CSV.splitlines()
     parts = ["part", "train", "train", "val", "val", "test", "test"]
     (npy_folder / "index.csv").write_text("\n".join(f"{a},{b}" for a, b in zip(lines, parts, strict=True)))
-    store = EmbeddingStore.open(import_npy(npy_folder, tmp_path / "s", split="part"))
+    store = import_npy(npy_folder, tmp_path / "s", split="part")
     assert store.column("split").tolist() == parts[1:]
 
 
 def test_import_clip_retrieval(tmp_path: Path) -> None:
     images = write_shards(tmp_path / "shards")
-    path = import_clip_retrieval(tmp_path / "shards", tmp_path / "store", group="caption")
-    store = EmbeddingStore.open(path)
+    store = import_clip_retrieval(tmp_path / "shards", tmp_path / "store", group="caption")
     assert store.modalities == ("image", "text")
     np.testing.assert_array_equal(store.embeddings("image"), images.astype(np.float32))
     np.testing.assert_array_equal(store.embeddings("text"), -images.astype(np.float32))
@@ -98,7 +94,7 @@ def test_import_clip_retrieval(tmp_path: Path) -> None:
 
 def test_import_clip_retrieval_numbers_rows_without_a_key(tmp_path: Path) -> None:
     write_shards(tmp_path / "shards", key=False)
-    store = EmbeddingStore.open(import_clip_retrieval(tmp_path / "shards", tmp_path / "store"))
+    store = import_clip_retrieval(tmp_path / "shards", tmp_path / "store")
     assert store.column("id").tolist() == ["0_0", "0_1", "0_2", "0_3", "2_0", "10_0", "10_1", "10_2"]
 
 
@@ -111,7 +107,7 @@ def test_import_streams(npy_folder: Path, tmp_path: Path, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(importers, "_CHUNK_ELEMENTS", 10)
     monkeypatch.setattr(importers, "write_modality", watched)
-    store = EmbeddingStore.open(import_npy({"audio": npy_folder / "audio.npy"}, tmp_path / "store"))
+    store = import_npy({"audio": npy_folder / "audio.npy"}, tmp_path / "store")
     assert sizes == [8, 8, 8]
     np.testing.assert_array_equal(store.embeddings("audio"), AUDIO)
 
@@ -127,14 +123,10 @@ def test_assign_splits() -> None:
     assert [i for i, part in enumerate(first) if part == "val"] == [3, 5, 7] and "test" not in first
     assert assign_splits(groups[:100], (0.7, 0.1, 0.2)) == parts[:100].tolist()
     assert assign_splits(groups, seed=1) != assign_splits(groups)
-    assert set(assign_splits(groups, (1, 0, 0))) == {"train"} and set(assign_splits(groups, (0, 0, 1))) == {
-        "test"
-    }
+    assert set(assign_splits(groups, (1, 0, 0))) == {"train"} and set(assign_splits(groups, (0, 0, 1))) == {"test"}
 
 
-@pytest.mark.parametrize(
-    "fractions", [(0.5, 0.5), (0.9, 0.2, -0.1), (0.5, 0.1, 0.1), (float("nan"), 0.5, 0.5)]
-)
+@pytest.mark.parametrize("fractions", [(0.5, 0.5), (0.9, 0.2, -0.1), (0.5, 0.1, 0.1), (float("nan"), 0.5, 0.5)])
 def test_assign_splits_bad_fractions(fractions: tuple[float, ...]) -> None:
     with pytest.raises(ValueError, match="three numbers >= 0"):
         assign_splits(["a"], fractions)
@@ -211,9 +203,7 @@ def test_import_npy_missing(tmp_path: Path) -> None:
         (lambda f: (f / "metadata").rename(f / "meta"), FileNotFoundError, "is not a folder"),
     ],
 )
-def test_import_clip_retrieval_bad_input(
-    tmp_path: Path, spoil: Any, error: type[Exception], message: str
-) -> None:
+def test_import_clip_retrieval_bad_input(tmp_path: Path, spoil: Any, error: type[Exception], message: str) -> None:
     write_shards(tmp_path / "shards")
     spoil(tmp_path / "shards")
     with pytest.raises(error, match=message):
@@ -221,9 +211,7 @@ def test_import_clip_retrieval_bad_input(
     assert [p.name for p in tmp_path.iterdir()] == ["shards"]
 
 
-def test_import_interrupted_leaves_nothing(
-    npy_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_import_interrupted_leaves_nothing(npy_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(*args: Any) -> None:
         raise KeyboardInterrupt
 
@@ -237,5 +225,5 @@ def test_import_overwrite(npy_folder: Path, tmp_path: Path) -> None:
     import_npy(npy_folder, tmp_path / "store")
     with pytest.raises(FileExistsError, match="overwrite=True"):
         import_npy(npy_folder, tmp_path / "store")
-    assert len(EmbeddingStore.open(import_npy(npy_folder, tmp_path / "store", overwrite=True))) == 6
+    assert len(import_npy(npy_folder, tmp_path / "store", overwrite=True)) == 6
     assert torch.isfinite(EmbeddingStore.open(tmp_path / "store").embeddings("audio")).all()

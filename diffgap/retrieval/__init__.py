@@ -1,0 +1,1 @@
+"""Retrieval: ranks and metrics, confidence intervals, baselines and modality-gap diagnostics."""

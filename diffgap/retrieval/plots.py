@@ -1,0 +1,94 @@
+"""Pictures of a report: recall with intervals, the gap in two dimensions, and the denoising trajectory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import matplotlib
+import numpy as np
+import torch
+
+from diffgap.retrieval.evaluate import Report
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt  # after the choice of backend
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_COLOURS = {"baseline": "#9aa5b1", "heads (cosine)": "#4c78a8", "bridge": "#f2a154", "bridge + cosine": "#d1495b"}
+
+
+def _save(figure: Figure, path: Path) -> None:
+    figure.savefig(path, dpi=130, bbox_inches="tight")
+    plt.close(figure)
+
+
+def _grid(count: int, width: float, height: float) -> tuple[Figure, list[Any]]:
+    columns = min(3, count)
+    rows = -(-count // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(width * columns, height * rows), squeeze=False)
+    for axis in axes.flat[count:]:
+        axis.set_visible(False)
+    return figure, list(axes.flat[:count])
+
+
+def recall(report: Report, path: Path) -> None:
+    """R@5 of every method with its 95% interval, one panel a direction."""
+    figure, axes = _grid(len(report.directions), 4.2, 2.9)
+    for axis, name in zip(axes, report.directions, strict=True):
+        methods = [method for method, cells in report.metrics.items() if name in cells][::-1]
+        cells = [report.metrics[method][name]["R@5"] for method in methods]
+        centre = 100 * np.array([cell.estimate for cell in cells])
+        spread = 100 * np.array([[c.estimate - c.low for c in cells], [c.high - c.estimate for c in cells]])
+        colours = [_COLOURS.get(method, _COLOURS["baseline"]) for method in methods]
+        axis.barh(methods, centre, xerr=spread.clip(min=0), color=colours, error_kw={"lw": 1, "ecolor": "#333333"})
+        axis.set_title(name, fontsize=10)
+        axis.set_xlabel("R@5, percent")
+        axis.tick_params(labelsize=8)
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(f"Recall at 5 on {report.split}, {len(report.runs)} run(s), 95% intervals", fontsize=11)
+    figure.tight_layout()
+    _save(figure, path)
+
+
+def gap(report: Report, path: Path) -> None:
+    """Queries before and after bridging beside their gallery, on the two leading principal axes of all three."""
+    figure, axes = _grid(len(report.embeddings), 4.2, 3.8)
+    for axis, (name, sets) in zip(axes, report.embeddings.items(), strict=True):
+        points = torch.cat(sets).double()
+        basis = torch.linalg.svd(points - points.mean(0), full_matrices=False).Vh[:2].T
+        query, gallery = report.directions[name].query, report.directions[name].gallery
+        labels = (f"{query}", f"{query}, bridged", f"{gallery}")
+        colours = (_COLOURS["heads (cosine)"], _COLOURS["bridge + cosine"], _COLOURS["baseline"])
+        for values, label, colour, marker in zip(sets, labels, colours, "oxs", strict=True):
+            x, y = ((values.double() - points.mean(0)) @ basis).T.numpy()
+            axis.scatter(x, y, s=12, c=colour, marker=marker, label=label, alpha=0.75, linewidths=0.8)
+        before, after = report.gaps[name]
+        axis.set_title(
+            f"{name}\npaired cosine {before.paired_cosine:.2f} to {after.paired_cosine:.2f}, "
+            f"separability {before.linear_separability:.2f} to {after.linear_separability:.2f}",
+            fontsize=9,
+        )
+        axis.set_xticks([])
+        axis.set_yticks([])
+        axis.legend(fontsize=7, loc="best", frameon=False)
+    figure.suptitle("The gap before and after bridging (test pairs, principal axes)", fontsize=11)
+    figure.tight_layout()
+    _save(figure, path)
+
+
+def trajectory(report: Report, path: Path) -> None:
+    """Mean cosine of the denoised estimate with its true pair after each sampling step."""
+    figure, axis = plt.subplots(figsize=(5.6, 3.6))
+    for name, cosines in report.trajectory.items():
+        axis.plot(range(1, len(cosines) + 1), cosines, marker="o", ms=3.5, lw=1.4, label=name)
+    axis.set_xlabel("sampling step")
+    axis.set_ylabel("cosine of the estimate with the true pair")
+    axis.set_title("One sample on its way from noise to the other modality", fontsize=10)
+    axis.legend(fontsize=8, frameon=False)
+    axis.spines[["top", "right"]].set_visible(False)
+    _save(figure, path)
+
+

@@ -1,0 +1,176 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from diffgap.diffusion import Guidance, NoiseSchedule, SolverTable, build_solver, sample
+from diffgap.diffusion.sampler import _Captured, _State
+from diffgap.ops.random import normal
+from diffgap.ops.solver_step import StepOutput, solver_step
+
+SHAPE = (6,)
+SEEDS = torch.tensor([[3, 1], [4, -1], [5, 9]])
+
+
+def table(name: str = "unipc", steps: int = 5, **options: Any) -> SolverTable:
+    return build_solver(name, NoiseSchedule("scaled_linear", prediction_type="sample"), steps, **options)
+
+
+def model(x: Tensor, step: int | Tensor) -> Tensor:
+    return torch.tanh(x.roll(1, -1) + 0.1 * step)
+
+
+@pytest.mark.parametrize("name", ["ddpm", "ddim", "dpmpp", "sde_dpmpp", "unipc"])
+def test_sample_depends_on_the_seed_alone(name: str) -> None:
+    """Bit for bit, whatever batch a sample stands in and however its seeds are laid out."""
+    solver = table(name)
+    together = sample(model, solver, SEEDS, SHAPE)
+    assert together.shape == (3, 2, *SHAPE)
+    for i, j in ((0, 0), (2, 1)):
+        assert torch.equal(sample(model, solver, SEEDS[i, j : j + 1], SHAPE)[0], together[i, j])
+    assert torch.equal(sample(model, solver, SEEDS.T, SHAPE), together.transpose(0, 1))
+    assert len(together.reshape(6, -1).unique(dim=0)) == 6
+
+
+def test_sample_noise_is_fresh_in_every_step() -> None:
+    seeds = torch.arange(2)
+    first = normal(seeds, (5000,))
+    drawn: list[Tensor] = [first]
+    solver = table("ddpm", 4)
+
+    def keep(step: int, result: StepOutput) -> None:
+        drawn.append(result.sample / solver.column("pred_noise")[step])
+
+    # A network that predicts 0 from the start leaves x' = pred_sample x + pred_noise noise.
+    sample(lambda x, step: 0 * x, solver, seeds, (5000,), callback=keep, steps=2)
+    second = drawn[1] - solver.column("pred_sample")[0] / solver.column("pred_noise")[0] * first
+    third = drawn[2] - solver.column("pred_sample")[1] / solver.column("pred_noise")[1] * (
+        drawn[1] * solver.column("pred_noise")[0]
+    )
+    for a, b in ((first, second), (first, third), (second, third)):
+        assert torch.corrcoef(torch.stack((a[0].double(), b[0].double())))[0, 1].abs() < 0.06
+    assert second.std() == pytest.approx(1, abs=0.03)
+
+
+@pytest.mark.parametrize("form", ["standard", "offset"])
+def test_sample_guides_in_one_batch(form: Any) -> None:
+    solver = table("dpmpp", 4)
+    sizes: list[int] = []
+
+    def conditional(x: Tensor, step: int | Tensor) -> Tensor:
+        return torch.tanh(x + 1)
+
+    def both(x: Tensor, step: int | Tensor) -> Tensor:
+        sizes.append(len(x))
+        halves = x.chunk(2)
+        assert torch.equal(*halves)
+        return torch.cat((conditional(halves[0], step), torch.tanh(halves[1])))
+
+    def by_hand(x: Tensor, step: int | Tensor) -> Tensor:
+        yes, no = conditional(x, step), torch.tanh(x)
+        return (no if form == "standard" else yes) + 2.5 * (yes - no)
+
+    seeds = torch.arange(3)
+    guided = sample(both, solver, seeds, SHAPE, guidance=Guidance(2.5, form=form), dtype=torch.float64)
+    expected = sample(by_hand, solver, seeds, SHAPE, dtype=torch.float64)
+    assert sizes == [6] * 4
+    torch.testing.assert_close(guided, expected, rtol=1e-12, atol=1e-12)
+    rescaled = sample(both, solver, seeds, SHAPE, guidance=Guidance(2.5, rescale=0.7, form=form))
+    assert not torch.allclose(rescaled, guided.float())
+
+
+def test_sample_stops_early_with_x0() -> None:
+    solver, seeds = table(), torch.arange(3)
+    path: list[StepOutput] = []
+
+    def keep(step: int, result: StepOutput) -> bool:
+        assert step == len(path)
+        path.append(result)
+        return step == 1
+
+    stopped = sample(model, solver, seeds, SHAPE, callback=keep)
+    assert len(path) == 2
+    assert torch.equal(stopped, path[1].x0)
+    assert torch.equal(sample(model, solver, seeds, SHAPE, steps=2), stopped)
+    assert torch.equal(sample(model, solver, seeds, SHAPE, steps=5), sample(model, solver, seeds, SHAPE))
+
+
+@pytest.mark.parametrize("name", ["ddim", "dpmpp", "unipc"])
+def test_sample_constrains_x0(name: str) -> None:
+    on_sphere = sample(model, table(name), torch.arange(3), (2, 6), x0_norm=4.0)
+    torch.testing.assert_close(on_sphere.norm(dim=-1), torch.full((3, 2), 4.0))  # the last step returns x0
+    assert sample(model, table(name), torch.arange(3), SHAPE, x0_clamp=0.3).abs().max() <= 0.3 + 1e-6
+
+
+def test_sample_starts_from_initial() -> None:
+    solver = table("ddim")
+    noise = normal(SEEDS.reshape(-1), SHAPE).reshape(3, 2, *SHAPE)
+    assert torch.equal(sample(model, solver, SEEDS, SHAPE, initial=noise), sample(model, solver, SEEDS, SHAPE))
+    kept = noise.clone()
+    sample(model, solver, SEEDS, SHAPE, initial=noise)
+    assert torch.equal(noise, kept)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_sample_in_other_dtypes(dtype: torch.dtype) -> None:
+    result = sample(model, table("sde_dpmpp"), torch.arange(3), SHAPE, dtype=dtype)
+    assert result.dtype == dtype
+    exact = sample(model, table("sde_dpmpp"), torch.arange(3), SHAPE, dtype=torch.float64)
+    torch.testing.assert_close(result.double(), exact, rtol=0.1, atol=0.1)
+
+
+def test_sample_takes_an_empty_batch_and_leaves_no_graph() -> None:
+    assert sample(model, table(), torch.zeros(0, dtype=torch.int64), SHAPE).shape == (0, *SHAPE)
+    weight = torch.ones(6, requires_grad=True)
+    assert not sample(lambda x, step: x * weight, table(), torch.arange(2), SHAPE).requires_grad
+
+
+@pytest.mark.parametrize("name", ["ddim", "sde_dpmpp", "dpmpp", "unipc"])
+def test_captured_step_rotates_its_buffers(name: str) -> None:
+    """What a CUDA graph replays, run without one: the same samples from fixed buffers and a counter tensor."""
+    solver = table(name, 7, **({"order": 3} if name in ("dpmpp", "unipc") else {}))
+    seeds = torch.arange(4)
+    start = normal(seeds, SHAPE)
+
+    def advance(state: _State, step: Tensor) -> StepOutput:
+        return solver_step(
+            state.sample,
+            model(state.sample, step),
+            solver.coefficients,
+            step.expand(4),
+            last_sample=state.last_sample,
+            history=state.history,
+            seed=seeds,
+        )
+
+    state = _State(
+        start.clone(),
+        start.clone() if solver.corrects else None,
+        tuple(torch.zeros_like(start) for _ in range(solver.history)),
+    )
+    step = torch.zeros(1, dtype=torch.int64)
+    for _ in range(len(solver)):
+        _Captured.advance_in_place(advance, state, step)
+    assert step.item() == len(solver)
+    torch.testing.assert_close(state.sample, sample(model, solver, seeds, SHAPE), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"steps": 0}, ValueError, "steps is 0; use 1 to 5"),
+        ({"steps": 6}, ValueError, "steps is 6"),
+        ({"seeds": torch.arange(3.0)}, TypeError, "seeds is torch.float32; give int64"),
+        ({"initial": torch.ones(3, 5)}, ValueError, r"initial is \(3, 5\); it must be \(3, 6\)"),
+        ({"cuda_graph": True}, ValueError, "cuda_graph: the seeds are on cpu"),
+    ],
+)
+def test_sample_refuses_before_any_work(options: dict[str, Any], error: type[Exception], message: str) -> None:
+    def untouched(x: Tensor, step: int | Tensor) -> Tensor:
+        raise AssertionError("the network was called")
+
+    with pytest.raises(error, match=message):
+        sample(untouched, table(), **{"seeds": torch.arange(3), "shape": SHAPE, **options})
