@@ -106,9 +106,7 @@ class DiTBlock(nn.Module):
         x, h = stream.normed(attention_shift, attention_scale)
         q, k, v = self.qkv(h).unflatten(-1, (3, *self.split)).unbind(2)
         if context is not None:
-            k, v = (
-                torch.cat([own, other.to(own.dtype)], 1) for own, other in zip((k, v), context, strict=True)
-            )
+            k, v = (torch.cat([own, other.to(own.dtype)], 1) for own, other in zip((k, v), context, strict=True))
         mixed = attention(q, k, v, q_weight=self.q_weight, k_weight=self.k_weight, key_mask=key_mask)
         stream = Residual(x, self.dropout(self.out(mixed.flatten(2))), attention_gate)
         x, h = stream.normed(mlp_shift, mlp_scale)

@@ -14,9 +14,10 @@ import io
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import combinations
-from typing import Any
+from typing import Any, TypeAlias, cast
 
 import torch
 from huggingface_hub import PyTorchModelHubMixin
@@ -26,18 +27,16 @@ from torch.nn import functional as F
 from typing_extensions import Self
 
 from diffgap._files import atomic_folder
-from diffgap.data.store import EmbeddingStore
-from diffgap.diffusion.sampler import Callback, Guidance, Model
-from diffgap.diffusion.sampler import sample as run_sampler
-from diffgap.diffusion.scaling import EmbeddingScaler
-from diffgap.diffusion.solvers import build_solver
+from diffgap.diffusion.sampler import Callback
 from diffgap.losses import gather_rows
-from diffgap.models.denoiser import Condition, Denoiser, DenoiserConfig
+from diffgap.models.contrastive_diffusion import ContrastiveDiffusion
 from diffgap.models.heads import IdentityHead, ProjectionHead, shared_space
-from diffgap.models.objective import DenoisingBatch, denoising_batches, frames_present
+from diffgap.models.objective import frames_present
 from diffgap.models.scoring import Encoded, Scoring, score_features
 from diffgap.models.settings import BridgeSettings
-from diffgap.ops import clip_loss, q_sample, sample_seeds, siglip_loss
+from diffgap.ops import clip_loss, sample_seeds, siglip_loss
+
+Head: TypeAlias = ProjectionHead | IdentityHead
 
 # Annotations here are real types, not strings: the hub mixin rebuilds `settings` from config.json by its annotation.
 
@@ -81,69 +80,36 @@ class DiffGAP(nn.Module, PyTorchModelHubMixin, library_name="diffgap", license="
         self.logit_scale = nn.Parameter(torch.tensor(float(settings.init_logit_scale)).log())
         self.logit_bias = nn.Parameter(torch.tensor(float(settings.init_logit_bias)))
         self.logit_bias.requires_grad_(settings.contrastive == "siglip")
-        self.scalers = nn.ModuleDict({name: EmbeddingScaler(settings.width, settings.scaling) for name in modalities})
-        self.denoiser = Denoiser(
-            DenoiserConfig(
-                embedding_dim=settings.width,
-                kinds=tuple("sequence" if name in self.sequences else "vector" for name in self.modalities),
-                tokens_per_vector=settings.tokens,
-                width=settings.denoiser_width,
-                depth=settings.depth,
-                heads=settings.heads,
-                mlp_ratio=settings.mlp_ratio,
-                dropout=settings.dropout,
-            )
-        )
-        self.schedule = settings.noise_schedule()
-        self.register_buffer("noise_table", self.schedule.table.float(), persistent=False)
-        self.register_buffer("times", self.schedule.times.float(), persistent=False)
-        self.register_buffer("loss_weight", self._loss_weight().float(), persistent=False)
+        self.diffusion = ContrastiveDiffusion(self.modalities, self.sequences, settings)
 
-    def _loss_weight(self) -> Tensor:
-        gamma = self.settings.min_snr_gamma
-        if gamma == 0:
-            return torch.ones(self.schedule.num_train_timesteps, dtype=torch.float64)
-        return self.schedule.min_snr_weights(gamma)
+    def _head(self, modality: str) -> Head:
+        return cast(Head, self.heads[modality])
 
     @torch.no_grad()
-    def fit(self, store: EmbeddingStore) -> None:
-        """Take statistics, and the heads' start under ``head_init="cca"``, from training rows.
+    def fit(self, embeddings: Mapping[str, Tensor]) -> None:
+        """Take statistics, and the heads' start under ``head_init="cca"``, from training data.
 
-        Rows that have all modalities are used, so that row i of every modality belongs together.
+        Args:
+            embeddings: Every modality, (N, D) or (N, T, D); row i of all belongs together.
 
         Raises:
-            ValueError: A modality is missing, or no row has them all.
+            ValueError: A modality is missing, of another width, or of another number of rows; or there are no rows.
         """
-        rows = store.present(*self.modalities)
-        if not len(rows):
-            raise ValueError(f"no row has all of {', '.join(self.modalities)}; train on modalities that occur together")
-        views = []
+        if set(embeddings) != set(self.modalities) or len({len(x) for x in embeddings.values()}) != 1:
+            shapes = ", ".join(f"{name} {tuple(x.shape)}" for name, x in embeddings.items())
+            raise ValueError(f"fit needs paired rows of {', '.join(self.modalities)}; got {shapes or 'nothing'}")
+        flat = {}
         for name in self.modalities:
-            x = store.embeddings(name, rows)
-            x = x.flatten(0, 1) if x.dim() == 3 else x
-            self.heads[name].fit(x)
-            views.append(x)
+            self._check(name, embeddings[name])
+            flat[name] = embeddings[name].flatten(0, -2)
+            self._head(name).fit(flat[name])
         if self.settings.head == "linear" and self.settings.head_init == "cca" and not self.sequences:
-            centred = [(x - self.heads[name].mean) / self.heads[name].std for name, x in zip(self.modalities, views, strict=True)]
-            for name, weight in zip(self.modalities, shared_space(centred, self.settings.width), strict=True):
-                self.heads[name].project.weight.copy_(weight.T)
-                self.heads[name].project.bias.zero_()
-        for name, x in zip(self.modalities, views, strict=True):
-            self.scalers[name].fit(self.heads[name](x))
-
-    def collate(self, store: EmbeddingStore, rows: Any, device: torch.device | str = "cpu") -> dict[str, Any]:
-        """Keyword arguments of :meth:`forward` for index rows of a store; absent embeddings are zeros."""
-        batch: dict[str, Any] = {"embeddings": {}, "present": {}, "lengths": {}, "ids": store.group_ids(rows).to(device)}
-        for name in self.modalities:
-            present = torch.as_tensor(store.rows(name))[torch.as_tensor(rows)] >= 0
-            found = store.embeddings(name, torch.as_tensor(rows)[present])
-            x = found if present.all() else found.new_zeros(len(present), *found.shape[1:]).index_put((present,), found)
-            batch["embeddings"][name] = x.to(device)
-            batch["present"][name] = present.to(device)
-            if name in self.sequences:
-                lengths = store.lengths(name, torch.as_tensor(rows)[present])
-                batch["lengths"][name] = torch.ones(len(present), dtype=torch.int64).index_put((present,), lengths).to(device)
-        return batch
+            heads = [cast(ProjectionHead, self.heads[name]) for name in self.modalities]
+            views = [head.standardise(flat[name]) for head, name in zip(heads, self.modalities, strict=True)]
+            for head, weight in zip(heads, shared_space(views, self.settings.width), strict=True):
+                head.start_from(weight)
+        for name, x in flat.items():
+            self.diffusion.scaler(name).fit(self._head(name)(x, corrupt=False))
 
     def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
         """Parameters for an optimizer: matrices with ``weight_decay``, vectors and scalars without.
@@ -164,7 +130,7 @@ class DiffGAP(nn.Module, PyTorchModelHubMixin, library_name="diffgap", license="
     def project(self, modality: str, x: Tensor) -> Tensor:
         """(B, D) or (B, T, D) embeddings of a modality as unit vectors (B, width) or (B, T, width)."""
         self._check(modality, x)
-        projected: Tensor = self.heads[modality](x)
+        projected: Tensor = self._head(modality)(x)
         return projected
 
     def forward(
@@ -196,8 +162,8 @@ class DiffGAP(nn.Module, PyTorchModelHubMixin, library_name="diffgap", license="
             losses["contrastive"] = self._contrastive(z, masks, ids)
             total = total + self.settings.contrastive_weight * losses["contrastive"]
         if self.settings.diffusion_weight:
-            clean = z if self.settings.diffusion_trains_heads else {name: x.detach() for name, x in z.items()}
-            losses["diffusion"] = self._diffusion(clean, masks, step)
+            conditions, targets = self._diffusion_sides(z, embeddings)
+            losses["diffusion"] = self.diffusion(targets, conditions, masks, step)
             total = total + self.settings.diffusion_weight * losses["diffusion"]
         return {"loss": total, **losses}
 
@@ -218,36 +184,20 @@ class DiffGAP(nn.Module, PyTorchModelHubMixin, library_name="diffgap", license="
                 losses.append(siglip_loss(a, b, scale, self.logit_bias, ids_a=pair_ids, ids_b=pair_ids))
         return torch.stack(losses).mean()
 
-    def _diffusion(self, z: Mapping[str, Tensor], masks: Mapping[str, Tensor], step: int) -> Tensor:
-        """Mean denoising error over the rows and directions that this step trains."""
-        scaled = {self.modalities.index(name): self.scalers[name].scale(x) for name, x in z.items()}
-        by_index = {self.modalities.index(name): mask for name, mask in masks.items()}
-        errors = [
-            self._errors(part)
-            for part in denoising_batches(
-                scaled, by_index, len(self.modalities), split=self.settings.split, step=step
-            )
-        ]
-        return torch.cat(errors).mean() if errors else self.logit_scale.new_zeros(())
+    def _diffusion_sides(
+        self, z: Mapping[str, Tensor], embeddings: Mapping[str, Tensor]
+    ) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
+        """Conditions and targets of the diffusion.
 
-    def _errors(self, part: DenoisingBatch) -> Tensor:
-        """Weighted mean squared denoising error (R,) at random timesteps with random noise."""
-        rows, device = len(part.target), part.clean.device
-        t = torch.randint(self.schedule.num_train_timesteps, (rows,), device=device)
-        seeds = torch.randint(-(2**63), 2**63 - 1, (rows,), device=device)
-        noisy, wanted = q_sample(part.clean, t, self.noise_table, seeds, self.settings.prediction)
-        predicted = self.denoiser(
-            noisy,
-            self.times[t],
-            part.target,
-            [Condition(part.condition, part.source, part.condition_mask)],
-            mask=part.clean_mask,
-            drop=torch.rand(rows, device=device) < self.settings.condition_dropout,
-        )
-        error = (predicted.float() - wanted.float()).square().mean(-1)
-        if part.clean_mask is not None:
-            error = (error * part.clean_mask).sum(-1) / part.clean_mask.sum(-1)
-        return error * self.loss_weight[t]
+        Dropout in the heads corrupts conditions, which keeps the bridge from learning pairs by heart; targets are what
+        the heads give in use.
+        """
+        targets = z
+        if self.training and self.settings.head_dropout:
+            targets = {name: self._head(name)(x, corrupt=False) for name, x in embeddings.items()}
+        if self.settings.diffusion_trains_heads:
+            return z, targets
+        return {name: x.detach() for name, x in z.items()}, {name: x.detach() for name, x in targets.items()}
 
     @torch.no_grad()
     def sample(
@@ -256,11 +206,11 @@ class DiffGAP(nn.Module, PyTorchModelHubMixin, library_name="diffgap", license="
         *,
         num_samples: int = 1,
         seed: int = 0,
+        frames: int | None = None,
+        lengths: Tensor | None = None,
         steps: int | None = None,
         solver: str | None = None,
         guidance_scale: float | None = None,
-        frames: int | None = None,
-        lengths: Tensor | None = None,
         callback: Callback | None = None,
         batch_size: int = 4096,
         **sources: Tensor,
@@ -297,55 +247,16 @@ class DiffGAP(nn.Module, PyTorchModelHubMixin, library_name="diffgap", license="
             shape = (frames, self.settings.width)
         generator = torch.Generator().manual_seed(seed)
         seeds = sample_seeds(len(x) * num_samples, generator).view(len(x), num_samples).to(x.device)
-        table = build_solver(solver or self.settings.solver, self.schedule, steps or self.settings.sampling_steps)
-        scale = self.settings.guidance_scale if guidance_scale is None else guidance_scale
-        guidance = None if scale == 1 else Guidance(scale)
-        was_training = self.training
-        self.eval()
-        try:
-            z = self.scalers[source].scale(self.project(source, x))
+        with _evaluating(self):
+            z = self.project(source, x)
             mask = _frame_mask(z, lengths) if z.dim() == 3 else None
-            parts = []
-            for part in torch.arange(len(x), device=x.device).split(max(1, batch_size // num_samples)):
-                model = self._sampling_model(
-                    z[part], None if mask is None else mask[part], source, target, num_samples, table.timesteps, guidance
-                )
-                drawn = run_sampler(
-                    model, table, seeds[part], shape,
-                    guidance=guidance, x0_norm=self.scalers[target].radius, callback=callback,
-                )  # fmt: skip
-                parts.append(F.normalize(self.scalers[target].unscale(drawn), dim=-1))
-        finally:
-            self.train(was_training)
-        return torch.cat(parts) if parts else x.new_zeros(0, num_samples, *shape)
-
-    def _sampling_model(
-        self,
-        z: Tensor,
-        mask: Tensor | None,
-        source: str,
-        target: str,
-        num_samples: int,
-        timesteps: Tensor,
-        guidance: Guidance | None,
-    ) -> Model:
-        """The denoiser with all that does not depend on the sample computed once: conditions, and every step's rows."""
-        drop = None
-        if guidance is not None:  # the sampler asks for the conditional and then the unconditional branch
-            drop = torch.arange(2 * len(z), device=z.device) >= len(z)
-            z, mask = torch.cat((z, z)), None if mask is None else torch.cat((mask, mask))
-        condition = Condition(z, self.modalities.index(source), mask)
-        encoded = self.denoiser.encode_condition([condition], len(z), drop=drop).repeat(num_samples)
-        index = self.modalities.index(target)
-        rows = self.denoiser.precompute(timesteps.to(z.device, z.dtype), index, encoded.sources)
-
-        def model(sample: Tensor, step: int | Tensor) -> Tensor:
-            return self.denoiser.denoise(sample, index, rows.at(step), encoded)
-
-        return model
+            return self.diffusion.sample(
+                source, z, mask, target, shape, seeds,
+                solver=solver, steps=steps, guidance_scale=guidance_scale, callback=callback, batch_size=batch_size,
+            )  # fmt: skip
 
     def translate(self, target: str, *, num_samples: int | None = None, **options: Any) -> Tensor:
-        """The mean direction of ``num_samples`` samples, (B, width) or (B, frames, width); options as in :meth:`sample`.
+        """Mean direction of ``num_samples`` samples, (B, width) or (B, frames, width); options as in :meth:`sample`.
 
         A sample is one plausible embedding; their mean has the highest expected cosine with the true one.
         """
@@ -358,11 +269,10 @@ class DiffGAP(nn.Module, PyTorchModelHubMixin, library_name="diffgap", license="
 
         Sequences are pooled over their frames. Options as in :meth:`translate`.
         """
-        was_training = self.training
-        self.eval()
-        own = self.project(modality, x)
-        self.train(was_training)
-        bridged = self.translate(to, **{modality: x}, **options)
+        with _evaluating(self):
+            own = self.project(modality, x)
+        options[modality] = x
+        bridged = self.translate(to, **options)
         return Encoded(*(F.normalize(v.mean(1), dim=-1) if v.dim() == 3 else v for v in (own, bridged)))
 
     def score(self, *, scoring: Scoring = "fusion", alpha: float = 1.0, **pair: Tensor) -> Tensor:
@@ -383,7 +293,9 @@ class DiffGAP(nn.Module, PyTorchModelHubMixin, library_name="diffgap", license="
         return result
 
     @classmethod
-    def from_pretrained(cls, path: str | os.PathLike[str], **options: Any) -> Self:
+    def from_pretrained(  # type: ignore[override]
+        cls, path: str | os.PathLike[str], **options: Any
+    ) -> Self:
         """Load what :meth:`save_pretrained` wrote, from a folder or by hub name.
 
         Raises:
@@ -394,7 +306,9 @@ class DiffGAP(nn.Module, PyTorchModelHubMixin, library_name="diffgap", license="
                 model: Self = super().from_pretrained(str(path), **options)
         except (SafetensorError, RuntimeError, json.JSONDecodeError) as error:
             reason = " ".join(str(error).split())[:200]
-            raise ValueError(f"{path} does not hold a whole DiffGAP model ({reason}); save or fetch it again") from error
+            raise ValueError(
+                f"{path} does not hold a whole DiffGAP model ({reason}); save or fetch it again"
+            ) from error
         return model.eval()
 
     def _only(self, target: str, sources: Mapping[str, Tensor]) -> tuple[str, Tensor]:
@@ -437,6 +351,17 @@ class DiffGAP(nn.Module, PyTorchModelHubMixin, library_name="diffgap", license="
         if name not in self.sequences:
             return here
         return _frame_mask(x, (lengths or {}).get(name)) & here[:, None]
+
+
+@contextmanager
+def _evaluating(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside the block."""
+    was_training = module.training
+    module.eval()
+    try:
+        yield
+    finally:
+        module.train(was_training)
 
 
 def _check_modalities(modalities: Mapping[str, int], settings: BridgeSettings, sequences: Sequence[str]) -> None:

@@ -48,9 +48,7 @@ class EncodedCondition(NamedTuple):
     def repeat(self, times: int) -> EncodedCondition:
         """Each sample ``times`` times in a row: several draws for one condition."""
         return EncodedCondition(
-            tuple(
-                (k.repeat_interleave(times, 0), v.repeat_interleave(times, 0)) for k, v in self.keys_values
-            ),
+            tuple((k.repeat_interleave(times, 0), v.repeat_interleave(times, 0)) for k, v in self.keys_values),
             None if self.mask is None else self.mask.repeat_interleave(times, 0),
             self.sources.repeat_interleave(times, 0),
         )
@@ -71,9 +69,7 @@ class ConditionEncoder(nn.Module):
         self.rows = nn.Parameter(rows)
         self.keys_values = nn.Linear(config.width, 2 * config.depth * config.width)
 
-    def forward(
-        self, conditions: Sequence[Condition], batch_size: int, drop: Tensor | None = None
-    ) -> EncodedCondition:
+    def forward(self, conditions: Sequence[Condition], batch_size: int, drop: Tensor | None = None) -> EncodedCondition:
         """Encode ``conditions``; a sample with nothing present, or dropped, has one null token instead."""
         tokens, mask, sources = self._gather(conditions, batch_size, drop)
         stream = Residual(tokens)

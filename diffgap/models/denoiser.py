@@ -33,11 +33,7 @@ class StepRows(NamedTuple):
 
     def at(self, step: int | Tensor) -> Tensor:
         """(B, R, width), the modulation of one step; a 0-d tensor selects it without leaving its device."""
-        rows = (
-            self.rows[step]
-            if isinstance(step, int)
-            else self.rows.index_select(0, step.reshape(1)).squeeze(0)
-        )
+        rows = self.rows[step] if isinstance(step, int) else self.rows.index_select(0, step.reshape(1)).squeeze(0)
         if len(rows) == 1:
             return rows.expand(len(self.direction), -1, -1)
         return rows.index_select(0, self.direction)
@@ -115,9 +111,7 @@ class Denoiser(nn.Module):
         for i, (embedding, source, present) in enumerate(conditions):
             self._check(f"conditions[{i}]", embedding, source, present, batch_size)
         if drop is not None and (drop.shape != (batch_size,) or drop.dtype != torch.bool):
-            raise ValueError(
-                f"drop is {drop.dtype} {tuple(drop.shape)}; pass bool ({batch_size},), one a sample"
-            )
+            raise ValueError(f"drop is {drop.dtype} {tuple(drop.shape)}; pass bool ({batch_size},), one a sample")
         encoded: EncodedCondition = self.condition(conditions, batch_size, drop)
         return encoded
 
@@ -185,9 +179,7 @@ class Denoiser(nn.Module):
         if kind not in ((kinds[modality],) if isinstance(modality, int) else kinds):
             raise ValueError(f"{name} has shape {shape}, a {kind}; modality {modality} of {kinds} is not one")
         if mask is not None and (mask.shape != shape[:-1] or mask.dtype != torch.bool):
-            raise ValueError(
-                f"the mask of {name} is {mask.dtype} {tuple(mask.shape)}; pass bool {shape[:-1]}"
-            )
+            raise ValueError(f"the mask of {name} is {mask.dtype} {tuple(mask.shape)}; pass bool {shape[:-1]}")
 
 
 def _joint_mask(tokens: Tensor, mask: Tensor | None, encoded: EncodedCondition) -> Tensor | None:

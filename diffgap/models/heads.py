@@ -42,8 +42,21 @@ class ProjectionHead(nn.Module):
         self.mean.copy_(x.mean(0))
         self.std.copy_((x - self.mean).square().mean().sqrt().clamp_min(1e-12))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.normalize(self.project(self.dropout((x - self.mean) / self.std)), dim=-1)
+    @torch.no_grad()
+    def start_from(self, weight: Tensor) -> None:
+        """Begin training at the linear map ``weight`` (D, width)."""
+        assert isinstance(self.project, nn.Linear)
+        self.project.weight.copy_(weight.T)
+        self.project.bias.zero_()
+
+    def standardise(self, x: Tensor) -> Tensor:
+        """``(x - mean) / std``."""
+        return (x - self.mean) / self.std
+
+    def forward(self, x: Tensor, *, corrupt: bool = True) -> Tensor:
+        """Project; in training with dropout, unless ``corrupt`` is false."""
+        x = self.standardise(x)
+        return F.normalize(self.project(self.dropout(x) if corrupt else x), dim=-1)
 
 
 class IdentityHead(nn.Module):
@@ -52,7 +65,8 @@ class IdentityHead(nn.Module):
     def fit(self, x: Tensor) -> None:
         """Nothing to fit."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *, corrupt: bool = True) -> Tensor:
+        """Normalise; ``corrupt`` has nothing to turn off."""
         return F.normalize(x, dim=-1)
 
 
@@ -91,5 +105,6 @@ def shared_space(views: list[Tensor], width: int, ridge: float = 0.1) -> list[Te
     target = stacked.new_zeros(len(stacked), width)
     target[:, :count] = left[:, :count] * agreement * len(stacked) ** 0.5
     return [
-        torch.cholesky_solve(x.T @ target, factor).to(views[0].dtype) for factor, x in zip(factors, columns, strict=True)
+        torch.cholesky_solve(x.T @ target, factor).to(views[0].dtype)
+        for factor, x in zip(factors, columns, strict=True)
     ]

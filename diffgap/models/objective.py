@@ -55,7 +55,8 @@ def split_directions(mode: SplitMode, directions: int, rows: int, step: int) -> 
 
 
 def denoising_batches(
-    embeddings: Mapping[int, Tensor],
+    targets: Mapping[int, Tensor],
+    conditions: Mapping[int, Tensor],
     masks: Mapping[int, Tensor],
     modalities: int,
     *,
@@ -65,42 +66,48 @@ def denoising_batches(
     """Assign directions to the rows of a batch and gather what each is denoised from and towards.
 
     Args:
-        embeddings: By modality index, (B, D) vectors or (B, T, D) sequences.
+        targets: By modality index, (B, D) vectors or (B, T, D) sequences, to be recovered.
+        conditions: The same embeddings as conditions, perhaps corrupted; shapes of ``targets``.
         masks: By modality index, (B,) or (B, T) bool, True where there is something. Rows that lack the target or
             the source of their direction are left out.
         modalities: Number of modality indices.
         split: See :func:`split_directions`.
         step: Training step.
     """
-    some = next(iter(embeddings.values()))
+    some = next(iter(targets.values()))
     rows, device = len(some), some.device
     present = torch.zeros(modalities, rows, dtype=torch.bool, device=device)
     for index, mask in masks.items():
         present[index] = frames_present(mask)
-    directions = torch.tensor(list(permutations(embeddings, 2)), device=device)
+    directions = torch.tensor(list(permutations(targets, 2)), device=device)
     chosen = directions[split_directions(split, len(directions), rows, step).to(device)]  # (times, rows, 2)
     target, source = chosen.flatten(0, 1).unbind(1)
     row = torch.arange(rows, device=device).repeat(len(chosen))
 
-    vectors = [index for index, x in embeddings.items() if x.dim() == 2]
-    stacked = some.new_zeros(modalities, rows, some.shape[-1])
-    if vectors:
-        stacked = stacked.index_copy(
-            0, torch.tensor(vectors, device=device), torch.stack([embeddings[index] for index in vectors])
-        )
+    vectors = [index for index, x in targets.items() if x.dim() == 2]
+
+    def stack(embeddings: Mapping[int, Tensor]) -> Tensor:
+        """All vector modalities as (modalities, B, D), zeros elsewhere."""
+        absent = some.new_zeros(rows, some.shape[-1])
+        return torch.stack([embeddings[index] if index in vectors else absent for index in range(modalities)])
+
+    stacked_targets, stacked_conditions = stack(targets), stack(conditions)
     # Vectors go together, whatever their modality; each sequence modality by itself.
     kind = torch.tensor([-1 if index in vectors else index for index in range(modalities)], device=device)
     key = torch.stack((kind[target], kind[source]), 1)
     key[~(present[target, row] & present[source, row])] = modalities
-
-    def gather(kind: int, modality: Tensor, row: Tensor) -> tuple[Tensor, Tensor | None]:
-        return (stacked[modality, row], None) if kind < 0 else (embeddings[kind][row], masks[kind][row])
 
     for pair in key.unique(dim=0):
         target_kind, source_kind = pair.tolist()
         if target_kind == modalities:
             continue
         picked = (key == pair).all(1).nonzero().squeeze(1)
-        clean, clean_mask = gather(target_kind, target[picked], row[picked])
-        condition, condition_mask = gather(source_kind, source[picked], row[picked])
-        yield DenoisingBatch(clean, clean_mask, target[picked], condition, condition_mask, source[picked])
+        row_, target_, source_ = row[picked], target[picked], source[picked]
+        yield DenoisingBatch(
+            clean=stacked_targets[target_, row_] if target_kind < 0 else targets[target_kind][row_],
+            clean_mask=None if target_kind < 0 else masks[target_kind][row_],
+            target=target_,
+            condition=stacked_conditions[source_, row_] if source_kind < 0 else conditions[source_kind][row_],
+            condition_mask=None if source_kind < 0 else masks[source_kind][row_],
+            source=source_,
+        )

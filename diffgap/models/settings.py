@@ -20,7 +20,7 @@ class BridgeSettings:
     The defaults are the recommended preset: what measured best on the bundled data (README, "What it gives").
     """
 
-    width: int = 128
+    width: int = 256
     """Coordinates of the contrastive space that all modalities are projected into."""
     head: Head = "linear"
     """Projection into that space; "identity" uses the embeddings as they are (their widths must equal `width`)."""
@@ -28,7 +28,7 @@ class BridgeSettings:
     """How fitting starts the heads: regularised CCA of the training pairs, or at random. CCA measured better."""
     head_dropout: float = 0.5
     """Dropout on the heads' inputs. Without it, a few thousand pairs are learnt by heart."""
-    head_learning_rate: float = 0.1
+    head_learning_rate: float = 0.3
     """Learning rate of the heads, in units of the trainer's: from a CCA start they need to move only a little."""
     contrastive: Contrastive = "clip"
     """Contrastive loss over every pair of modalities."""
@@ -48,7 +48,7 @@ class BridgeSettings:
     """Rescale the schedule so that its last step is pure noise."""
     min_snr_gamma: float = 0.0
     """Weight the loss by min-SNR with this gamma (5 is usual); 0 turns it off."""
-    split: SplitMode = "joint"
+    split: SplitMode = "random"
     """Bidirectional split training: one direction a step in turn (the paper's), a share of the batch for each
     direction, a random direction per sample, or every direction for every sample."""
     diffusion_weight: float = 1.0
@@ -57,15 +57,15 @@ class BridgeSettings:
     """Let the diffusion loss move the heads. Off: it would reward a space that is easy to denoise, a collapsed one."""
     condition_dropout: float = 0.1
     """Probability of hiding the condition in training, for classifier-free guidance."""
-    tokens: int = 8
+    tokens: int = 4
     """Tokens a pooled vector is split into; must divide `width`."""
     denoiser_width: int = 128
-    depth: int = 3
+    depth: int = 2
     heads: int = 4
     mlp_ratio: float = 2.0
     dropout: float = 0.1
-    solver: str = "ddim"
-    """Default solver for sampling."""
+    solver: str = "dpmpp"
+    """Default solver for sampling. (DDIM's own spacing starts below pure noise, which tells at few steps.)"""
     sampling_steps: int = 8
     """Default number of sampling steps."""
     guidance_scale: float = 1.0
@@ -100,7 +100,12 @@ class BridgeSettings:
         silences filled by DDPM's own choices. ``recommended``: the defaults."""
         presets = {
             "paper": cls(
-                head_init="random", schedule="linear", prediction="epsilon", split="alternate", sampling_steps=50
+                head_init="random",
+                schedule="linear",
+                prediction="epsilon",
+                split="alternate",
+                solver="ddim",
+                sampling_steps=50,
             ),
             "recommended": cls(),
         }

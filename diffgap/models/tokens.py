@@ -51,9 +51,7 @@ class DenoiserConfig:
                 f"{self.tokens_per_vector}; change one of them"
             )
         if self.width % (2 * self.heads):
-            raise ValueError(
-                f"width {self.width} is not an even multiple of heads {self.heads}; change one of them"
-            )
+            raise ValueError(f"width {self.width} is not an even multiple of heads {self.heads}; change one of them")
         if not self.mlp_ratio > 0:
             raise ValueError(f"mlp_ratio is {self.mlp_ratio}; use a positive number")
         if not 0 <= self.dropout < 1:

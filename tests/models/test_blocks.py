@@ -13,9 +13,7 @@ from diffgap.models.blocks import ROWS_PER_BLOCK, DiTBlock, GatedMLP, Residual, 
 from diffgap.models.tokens import DenoiserConfig, Tokenizer, sinusoidal_embedding
 from tests.helpers import assert_close_to_oracle
 
-CONFIG = DenoiserConfig(
-    embedding_dim=24, kinds=("vector", "sequence"), tokens_per_vector=3, width=16, heads=2
-)
+CONFIG = DenoiserConfig(embedding_dim=24, kinds=("vector", "sequence"), tokens_per_vector=3, width=16, heads=2)
 
 
 def test_sinusoidal_embedding() -> None:

@@ -10,8 +10,17 @@ from torch import Tensor
 from diffgap.data.store import EmbeddingStore
 from diffgap.models.bridge import DiffGAP
 from diffgap.models.settings import BridgeSettings
+from diffgap.training.batches import collate, paired_embeddings
 
-SMALL: dict[str, Any] = {"width": 16, "tokens": 4, "denoiser_width": 16, "depth": 1, "heads": 2, "dropout": 0.0}
+SMALL: dict[str, Any] = {
+    "width": 16,
+    "tokens": 4,
+    "denoiser_width": 16,
+    "depth": 1,
+    "heads": 2,
+    "dropout": 0.0,
+    "head_dropout": 0.0,
+}
 
 
 def make(sequences: tuple[str, ...] = (), **settings: Any) -> DiffGAP:
@@ -19,14 +28,16 @@ def make(sequences: tuple[str, ...] = (), **settings: Any) -> DiffGAP:
     torch.manual_seed(0)
     bridge = DiffGAP({"text": 10, "audio": 12, "image": 14}, BridgeSettings(**{**SMALL, **settings}), sequences)
     with torch.no_grad():
-        for parameter in bridge.denoiser.parameters():
+        for parameter in bridge.diffusion.denoiser.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
     return bridge
 
 
 def batch(rows: int = 6) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(1)
-    return {name: torch.randn(rows, dim, generator=generator) for name, dim in (("text", 10), ("audio", 12), ("image", 14))}
+    return {
+        name: torch.randn(rows, dim, generator=generator) for name, dim in (("text", 10), ("audio", 12), ("image", 14))
+    }
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +45,8 @@ def store() -> EmbeddingStore:
     generator = torch.Generator().manual_seed(2)
     concept = torch.randn(60, 8, generator=generator)
     arrays = {
-        name: concept @ torch.randn(8, dim, generator=generator) for name, dim in (("text", 10), ("audio", 12), ("image", 14))
+        name: concept @ torch.randn(8, dim, generator=generator)
+        for name, dim in (("text", 10), ("audio", 12), ("image", 14))
     }
     return EmbeddingStore.from_arrays(arrays)
 
@@ -51,7 +63,9 @@ def test_losses_and_gradients(split: str, contrastive: str) -> None:
         if parameter.requires_grad and parameter.grad is not None:
             assert torch.isfinite(parameter.grad).all(), name
     head = bridge.heads["text"].project.weight.grad
-    assert (head is None or head.abs().sum() == 0) == (contrastive == "none"), "only the contrastive loss moves the heads"
+    assert (head is None or head.abs().sum() == 0) == (contrastive == "none"), (
+        "only the contrastive loss moves the heads"
+    )
 
 
 def test_diffusion_trains_heads_when_asked() -> None:
@@ -137,19 +151,21 @@ def test_sample_equals_the_plain_loop() -> None:
     bridge, x = make().eval(), batch()["text"]
     names = bridge.modalities
     seeds = sample_seeds(6, torch.Generator().manual_seed(0))
-    table = build_solver("ddim", bridge.schedule, 4)
+    table = build_solver("ddim", bridge.diffusion.schedule, 4)
     sample = normal(seeds, (16,))
-    condition = Condition(bridge.scalers["text"].scale(bridge.project("text", x)), names.index("text"))
+    condition = Condition(bridge.diffusion.scaler("text").scale(bridge.project("text", x)), names.index("text"))
     with torch.no_grad():
         for step, t in enumerate(table.timesteps):
-            output = bridge.denoiser(sample, t.float().expand(6), names.index("audio"), [condition])
+            output = bridge.diffusion.denoiser(sample, t.float().expand(6), names.index("audio"), [condition])
             sample = solver_step(sample, output, table.coefficients, step, x0_norm=4.0).sample
     expected = torch.nn.functional.normalize(sample, dim=-1)
-    torch.testing.assert_close(bridge.sample("audio", text=x, steps=4)[:, 0], expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        bridge.sample("audio", text=x, steps=4, solver="ddim")[:, 0], expected, rtol=1e-4, atol=1e-5
+    )
 
 
 def test_scores_of_all_kinds() -> None:
-    bridge, x = make(), batch()
+    bridge, x = make(num_samples=2, sampling_steps=2), batch()
     pair = {"text": x["text"], "audio": x["audio"][:4]}
     cosine = bridge.project("text", pair["text"]) @ bridge.project("audio", pair["audio"]).T
     torch.testing.assert_close(bridge.score(scoring="cosine", **pair), cosine)
@@ -158,14 +174,13 @@ def test_scores_of_all_kinds() -> None:
         bridge.translate("audio", text=pair["text"], **options) @ bridge.project("audio", pair["audio"]).T
         + bridge.project("text", pair["text"]) @ bridge.translate("text", audio=pair["audio"], **options).T
     )
-    bridge.settings = BridgeSettings(**SMALL, num_samples=2, sampling_steps=2)
     torch.testing.assert_close(bridge.score(scoring="bridge", **pair), bridged)
     torch.testing.assert_close(bridge.score(scoring="fusion", alpha=0.7, **pair), cosine + 0.7 * bridged)
 
 
 def test_save_and_load(tmp_path: Path, store: EmbeddingStore) -> None:
     bridge = make(scaling="whiten")
-    bridge.fit(store)
+    bridge.fit(paired_embeddings(store, bridge))
     bridge.save_pretrained(tmp_path / "model")
     assert sorted(path.suffix for path in (tmp_path / "model").iterdir()) == [".json", ".md", ".safetensors"]
     loaded = DiffGAP.from_pretrained(tmp_path / "model")
@@ -181,7 +196,7 @@ def test_save_and_load(tmp_path: Path, store: EmbeddingStore) -> None:
 
 def test_cca_start_aligns_pairs(store: EmbeddingStore) -> None:
     bridge = make()
-    bridge.fit(store)
+    bridge.fit(paired_embeddings(store, bridge))
     z = {name: bridge.project(name, store.embeddings(name)) for name in bridge.modalities}
     for a, b in (("text", "audio"), ("text", "image"), ("audio", "image")):
         scores = z[a] @ z[b].T
@@ -192,9 +207,10 @@ def test_collate_fills_what_is_missing(store: EmbeddingStore) -> None:
     rows = torch.arange(60)
     rows[5] = -1
     partial = EmbeddingStore.from_arrays(
-        {name: store.embeddings(name) for name in store.modalities}, {"row_audio": rows, "id": [str(i) for i in range(60)]}
+        {name: store.embeddings(name) for name in store.modalities},
+        {"row_audio": rows, "id": [str(i) for i in range(60)]},
     )
-    collated = make().collate(partial, torch.tensor([4, 5]))
+    collated = collate(partial, make(), torch.tensor([4, 5]))
     assert collated["present"]["audio"].tolist() == [True, False]
     assert collated["embeddings"]["audio"][1].abs().sum() == 0
     assert torch.isfinite(make()(**collated)["loss"])
@@ -210,15 +226,49 @@ def test_collate_fills_what_is_missing(store: EmbeddingStore) -> None:
         (lambda b: b.sample("audio", text=torch.zeros(1, 10), num_samples=0), "num_samples is 0"),
         (lambda b: b.sample("audio", text=torch.zeros(1, 10), solver="rk9"), "solver 'rk9' does not exist"),
         (lambda b: b.score(text=torch.zeros(1, 10)), "score takes two modalities"),
+        (lambda b: b.fit({"text": torch.zeros(3, 10)}), r"fit needs paired rows of audio, image, text; got text"),
         (lambda b: DiffGAP({"text": 3}), "modalities has 1 entries"),
         (lambda b: DiffGAP({"text": 3, "a/b": 3}), "modality name 'a/b' is no identifier"),
-        (lambda b: DiffGAP({"text": 3, "audio": 3}, BridgeSettings(head="identity")), "head 'identity' needs width 128"),
+        (
+            lambda b: DiffGAP({"text": 3, "audio": 3}, BridgeSettings(head="identity")),
+            "head 'identity' needs width 256",
+        ),
         (lambda b: DiffGAP({"text": 3, "audio": 3}, sequences=["video"]), "sequences names 'video'"),
     ],
 )
 def test_bad_input_is_one_clear_error(call: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call(make())
+
+
+def test_head_dropout_corrupts_conditions_but_not_targets() -> None:
+    bridge, x = make(head_dropout=0.5, split="joint"), batch()
+    targets: list[Tensor] = []
+    conditions: list[Tensor] = []
+    original = bridge.diffusion._errors
+
+    def spy(part: Any) -> Tensor:
+        targets.append(part.clean[part.target == 0])
+        conditions.append(part.condition[part.source == 0])
+        return original(part)
+
+    bridge.diffusion._errors = spy  # type: ignore[method-assign]
+    bridge(x, step=0)  # joint: every direction
+    clean = bridge.eval().project("audio", x["audio"]) * 4.0  # sqrt(width)
+    assert bridge.modalities[0] == "audio"
+    torch.testing.assert_close(targets[0].unique(dim=0), clean.unique(dim=0))
+    assert (conditions[0].unique(dim=0) - clean.unique(dim=0)).abs().max() > 0.1
+
+
+def test_parameter_groups() -> None:
+    bridge = make(head_learning_rate=0.25)
+    groups = bridge.parameter_groups(0.1)
+    assert sum(len(group["params"]) for group in groups) == sum(p.requires_grad for p in bridge.parameters())
+    heads = {id(parameter) for parameter in bridge.heads.parameters()}
+    for group in groups:
+        for parameter in group["params"]:
+            assert group["lr_scale"] == (0.25 if id(parameter) in heads else 1.0)
+            assert group["weight_decay"] == (0.1 if parameter.ndim >= 2 else 0.0)
 
 
 def test_empty_batch() -> None:

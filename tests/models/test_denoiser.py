@@ -102,9 +102,7 @@ def test_encode_condition_serves_every_timestep() -> None:
     conditions = [Condition(text, TEXT), Condition(video, VIDEO)]
     encoded = denoiser.encode_condition(conditions, 4)
     for offset in (0, 1):
-        cached = denoiser.denoise(
-            audio, AUDIO, denoiser.modulation(t + offset, AUDIO, encoded.sources), encoded
-        )
+        cached = denoiser.denoise(audio, AUDIO, denoiser.modulation(t + offset, AUDIO, encoded.sources), encoded)
         assert_close_to_oracle(cached, denoiser(audio, t + offset, AUDIO, conditions))
 
 
@@ -202,9 +200,7 @@ def test_gradients_reach_every_parameter() -> None:
         by_video = denoiser(audio, t, AUDIO, [Condition(text, TEXT), Condition(video, VIDEO)], drop=drop)
         by_audio = denoiser(video, t, VIDEO, [Condition(audio, AUDIO)])
         by_text = denoiser(audio, t, TEXT, [Condition(text, TEXT)])
-        return (
-            (by_video - audio).square().mean() + (by_audio - video).square().mean() + by_text.square().mean()
-        )
+        return (by_video - audio).square().mean() + (by_audio - video).square().mean() + by_text.square().mean()
 
     optimizer = torch.optim.SGD(denoiser.parameters(), lr=0.1)
     for _ in range(3):  # the head opens at the first step, the gates at the second

@@ -34,7 +34,7 @@ def test_denoising_batches_pair_rows_of_one_item(split: str) -> None:
     masks[2][:, 2] = False
     total = 0
     for step in range(12):
-        for part in denoising_batches(embeddings, masks, 5, split=split, step=step):  # type: ignore[arg-type]
+        for part in denoising_batches(embeddings, embeddings, masks, 5, split=split, step=step):  # type: ignore[arg-type]
             clean, condition = (x.flatten(1)[:, 0] for x in (part.clean, part.condition))
             assert torch.equal(clean // 100, part.target.float())
             assert torch.equal(condition // 100, part.source.float())
@@ -54,4 +54,4 @@ def test_denoising_batches_pair_rows_of_one_item(split: str) -> None:
 def test_nothing_present() -> None:
     embeddings = {0: torch.zeros(2, 3), 1: torch.zeros(2, 3)}
     masks = {0: torch.ones(2, dtype=torch.bool), 1: torch.zeros(2, dtype=torch.bool)}
-    assert list(denoising_batches(embeddings, masks, 2, split="joint", step=0)) == []
+    assert list(denoising_batches(embeddings, embeddings, masks, 2, split="joint", step=0)) == []
