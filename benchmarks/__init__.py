@@ -1,0 +1,1 @@
+"""Benchmarks of diffgap's fused operations; see README.md in this folder."""

@@ -1,0 +1,90 @@
+"""``python -m benchmarks``: run the cases of some families and report them."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
+
+import torch
+
+from benchmarks.cases import Case
+from benchmarks.machine import header
+from benchmarks.report import save, to_markdown
+from benchmarks.runner import Result, run_case
+from benchmarks.timing import Budget, Clock, CpuClock, CudaClock
+
+#: One module of this package each, with a function ``cases(size)``.
+FAMILIES = ("schedule",)
+
+#: Seconds of timing per case, by size.
+_SECONDS = {"ci": 0.3, "full": 2.0}
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    result = argparse.ArgumentParser(
+        prog="python -m benchmarks",
+        description="Time diffgap's operations against the eager reference, torch.compile and other packages.",
+    )
+    add = result.add_argument
+    add("family", nargs="*", help=f"families to run, of {', '.join(FAMILIES)}; none given: all")
+    add("--device", choices=("cpu", "cuda"), default="cpu", help="where the cases run (default: %(default)s)")
+    add("--size", choices=tuple(_SECONDS), default="ci", help="ci: small and quick (default); full: the tables")
+    add("--threads", type=int, default=torch.get_num_threads(), help="CPU threads (default: %(default)s)")
+    add("--seconds", type=float, help=f"timing per case (default: {_SECONDS['ci']} ci, {_SECONDS['full']} full)")
+    add("--json", type=Path, metavar="FILE", help="write FILE, and .md and .png beside it")
+    add("--list", action="store_true", help="print the names of the cases and stop")
+    return result
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the command line ``argv``; 0 if every implementation was right, else 1."""
+    options = parser()
+    args = options.parse_args(argv)
+    unknown = sorted(set(args.family) - set(FAMILIES))
+    if unknown:
+        options.error(f"family: {', '.join(unknown)} does not exist; use {', '.join(FAMILIES)}")
+    if args.threads < 1:
+        options.error(f"--threads: must be at least 1, got {args.threads}")
+    if args.seconds is not None and not args.seconds > 0:
+        options.error(f"--seconds: must be positive, got {args.seconds}")
+    if args.json is not None and args.json.suffix != ".json":
+        options.error(f"--json: expected a name that ends in .json, got {args.json.name}")
+    families = args.family or FAMILIES
+    cases = [case for family in families for case in import_module(f"benchmarks.{family}").cases(args.size)]
+    if args.list:
+        print("\n".join(case.name for case in cases))
+        return 0
+    if args.device == "cuda" and not torch.cuda.is_available():
+        options.error("--device cuda: no CUDA device is visible; use --device cpu")
+    torch.set_num_threads(args.threads)
+    device = torch.device(args.device)
+    clock = CudaClock() if device.type == "cuda" else CpuClock(args.threads)
+    description = header(device, clock, argv, (peer.install for case in cases for peer in case.peers))
+    result = run(cases, device, clock, Budget(args.seconds or _SECONDS[args.size]))
+    print(to_markdown(description, result))
+    if args.json is not None:
+        for path in save(args.json, description, result):
+            print(f"wrote {path}", file=sys.stderr)
+    return 1 if result.failures else 0
+
+
+def run(cases: Sequence[Case], device: torch.device, clock: Clock, budget: Budget) -> Result:
+    """Run the cases one after another, with a line of progress for each on stderr."""
+    result = Result()
+    for number, case in enumerate(cases, 1):
+        start = time.perf_counter()
+        outcome = run_case(case, device, clock, budget)
+        result.extend(outcome)
+        took = time.perf_counter() - start
+        progress = f"[{number}/{len(cases)}] {case.name}: {took:.1f} s"
+        print(progress, *outcome.failures, sep="\n  ", file=sys.stderr)
+    return result
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

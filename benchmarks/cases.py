@@ -1,0 +1,142 @@
+"""What a benchmark case is, and how it becomes functions to time.
+
+A case names an operation and builds its inputs. The frame derives three implementations from the one call
+(native, eager, compiled eager) and the float64 oracle; the case adds the peers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffgap.ops._dispatch import Backend, backend
+
+Inputs = dict[str, Any]
+Outputs = tuple[Tensor, ...]
+Run = Callable[[], Outputs]
+
+
+@dataclass(frozen=True)
+class Peer:
+    """Another package's way to do what a case does.
+
+    Attributes:
+        name: Its name in the tables: the package's, or "torch" for what one would write without any.
+        prepare: Given the case's inputs (keyword arguments), the function to time. It may return the first
+            of the case's outputs only, unless the case has gradients.
+        install: What ``pip install`` takes.
+        draws: The case's oracle for a peer with random numbers of its own, given the inputs in float64 (and
+            ``draw_dtype``, the case's dtype), right after ``torch.manual_seed(0)``. ``None``: the case's own.
+    """
+
+    name: str
+    prepare: Callable[..., Run]
+    install: str
+    draws: Callable[..., Outputs] | None = None
+
+    @property
+    def missing(self) -> bool:
+        return find_spec(self.name) is None
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row of a table.
+
+    Attributes:
+        name: ``op/pass/shape/dtype``.
+        dtype: Of the large inputs.
+        inputs: Builds the keyword arguments of ``call`` on a device, always the same values. Tensors that
+            require a gradient are differentiated: their gradients are further outputs of all implementations.
+        call: The public operation.
+        peers: Whom to compare with.
+        flops: Operations of the matrix products the result needs at least, for the floor.
+    """
+
+    name: str
+    dtype: torch.dtype
+    inputs: Callable[[torch.device], Inputs]
+    call: Callable[..., Outputs]
+    peers: tuple[Peer, ...] = ()
+    flops: float = 0.0
+
+
+def implementations(case: Case, inputs: Inputs) -> dict[str, Run]:
+    """The functions to time by name: the public call, its eager form, that compiled, and the peers."""
+    compiled = torch.compile(case.call, fullgraph=True, dynamic=False)
+    forward: dict[str, Run] = {
+        "diffgap": lambda: case.call(**inputs),
+        "eager": _under("eager", lambda: case.call(**inputs)),
+        "compile": _under("eager", lambda: compiled(**inputs)),
+    }
+    forward |= {peer.name: peer.prepare(**inputs) for peer in case.peers if not peer.missing}
+    return {name: differentiated(run, inputs) for name, run in forward.items()}
+
+
+def oracle(case: Case, inputs: Inputs) -> Outputs:
+    """What the case returns for its inputs in float64, by the eager reference."""
+    exact = in_float64(inputs)
+    return differentiated(_under("eager", lambda: case.call(**exact)), exact)()
+
+
+def peer_oracle(case: Case, peer: Peer, inputs: Inputs) -> Outputs | None:
+    """The oracle of a peer's next call, which must follow; ``None`` if it is the case's."""
+    if peer.draws is None:
+        return None
+    torch.manual_seed(0)
+    expected = peer.draws(**in_float64(inputs), draw_dtype=case.dtype)
+    torch.manual_seed(0)
+    return expected
+
+
+def differentiated(run: Run, inputs: Inputs) -> Run:
+    """``run`` and the backward pass into the inputs that require a gradient; ``run`` itself if none does."""
+    leaves = [x for x in tensors(inputs) if x.requires_grad]
+    if not leaves:
+        return run
+    cotangents: list[Tensor] = []
+
+    def forward_and_backward() -> Outputs:
+        outputs = tuple(x for x in run() if x.requires_grad)
+        if not cotangents:
+            cotangents.extend(_cotangent(x) for x in outputs)
+        return (*(x.detach() for x in outputs), *torch.autograd.grad(outputs, leaves, cotangents))
+
+    return forward_and_backward
+
+
+def in_float64(inputs: Inputs) -> Inputs:
+    """The inputs with every floating-point tensor in float64; leaves stay leaves."""
+
+    def convert(value: Any) -> Any:
+        if isinstance(value, Tensor) and value.is_floating_point():
+            return value.detach().double().requires_grad_(value.requires_grad)
+        return tuple(convert(item) for item in value) if isinstance(value, tuple) else value
+
+    return {name: convert(value) for name, value in inputs.items()}
+
+
+def tensors(inputs: Mapping[str, Any]) -> Iterator[Tensor]:
+    """Every tensor among the inputs, those in tuples included."""
+    for value in inputs.values():
+        items = value if isinstance(value, tuple) else (value,)
+        yield from (item for item in items if isinstance(item, Tensor))
+
+
+def _under(name: Backend, run: Run) -> Run:
+    def selected() -> Outputs:
+        with backend(name):
+            return run()
+
+    return selected
+
+
+def _cotangent(output: Tensor) -> Tensor:
+    """A gradient of ``output`` that varies, of eighths that every dtype holds exactly; 1/2 for a scalar."""
+    eighths = torch.arange(output.numel(), device=output.device) % 7 + 4
+    return (eighths / 8).to(output.dtype).reshape(output.shape)
