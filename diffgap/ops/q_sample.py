@@ -115,9 +115,7 @@ class _QSample(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(
-        ctx: Any, grad_x_t: Tensor, grad_target: Tensor, _grad_noise: Tensor
-    ) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_x_t: Tensor, grad_target: Tensor, _grad_noise: Tensor) -> tuple[Tensor | None, ...]:
         t, table = ctx.saved_tensors
         return _backward(grad_x_t, grad_target, t, table, ctx.target), None, None, None, None, None
 

@@ -154,16 +154,17 @@ def normal(
         stream: 32-bit counter that tells purposes apart.
 
     Returns:
-        (B, *shape). Element ``e`` (row-major) depends on its sample's seed, ``step``, ``stream`` and ``e`` alone.
+        (B, *shape). Element ``e`` (row-major) depends on its sample's seed, ``step``, ``stream`` and ``e``.
 
     Raises:
         TypeError: ``seed`` or ``step`` is of another type; ``dtype`` is not a floating-point type.
         ValueError: ``seed`` is not one-dimensional, ``step`` is of another shape or device or out of range,
             or ``shape`` has a negative size.
     """
-    if isinstance(seed, Tensor) and seed.dim() != 1:
+    if not isinstance(seed, Tensor) or seed.dtype != torch.int64:
+        raise TypeError("seed: expected an int64 tensor, one seed per sample; see sample_seeds()")
+    if seed.dim() != 1:
         raise ValueError(f"seed: expected shape (B,), got {tuple(seed.shape)}")
-    check_seed(seed, len(seed), seed.device)
     if not dtype.is_floating_point:
         raise TypeError(f"dtype: expected a floating-point type, got {dtype}")
     if any(size < 0 for size in shape):

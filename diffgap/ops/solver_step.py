@@ -1,7 +1,7 @@
 """One step of any diffusion solver, as one row of a coefficient table.
 
 DDPM, DDIM, DPM-Solver++ and its SDE form, UniPC and Euler flow all advance by a linear combination of the
-same few tensors; :data:`COLUMNS` names its coefficients. With ``c = table[step]`` and ``h1`` the newest of the
+same few tensors; :data:`COLUMNS` names the coefficients. With ``c = table[step]`` and ``h1`` the newest of the
 earlier ``x0``:
 
     output    = unconditional + g * (conditional - unconditional)      guidance_form "standard"
@@ -72,12 +72,10 @@ class StepOutput(NamedTuple):
     corrected: Tensor
 
 
-def _guide(
-    conditional: Tensor, unconditional: Tensor, scale: float, offset_form: bool, rescale: float
-) -> Tensor:
+def _guide(conditional: Tensor, unconditional: Tensor, scale: float, offset_form: bool, rescale: float) -> Tensor:
     base = conditional if offset_form else unconditional
     output = base + scale * (conditional - unconditional)
-    if rescale == 0.0:
+    if rescale == 0.0 or output.numel() == 0:
         return output
     dims = tuple(range(1, output.dim()))
     wanted, got = conditional.std(dims, keepdim=True), output.std(dims, keepdim=True)
@@ -242,7 +240,7 @@ def _check_options(
         raise ValueError(f"guidance_scale: must be finite, got {guidance_scale}")
     if not 0.0 <= guidance_rescale <= 1.0:
         raise ValueError(f"guidance_rescale: must lie in [0, 1], got {guidance_rescale}")
-    if guidance_rescale > 0.0 and guided and sample.numel() <= sample.shape[0] and sample.shape[0] > 0:
+    if guidance_rescale > 0.0 and guided and math.prod(sample.shape[1:]) < 2:
         raise ValueError("guidance_rescale: a standard deviation needs more than one element per sample")
     if x0_clamp is not None and x0_norm is not None:
         raise ValueError("x0_norm: x0 can be clamped or put on a sphere, not both; drop x0_clamp or x0_norm")
@@ -318,8 +316,7 @@ def solver_step(
         check_seed(seed, sample.shape[0], sample.device)
     _check_terms(table, step, [tensor is not None for tensor in (last_sample, h1, h2, h3, seed)])
     unconditional, last_sample, h1, h2, h3 = (
-        None if tensor is None else tensor.to(sample.dtype)
-        for tensor in (unconditional, last_sample, h1, h2, h3)
+        None if tensor is None else tensor.to(sample.dtype) for tensor in (unconditional, last_sample, h1, h2, h3)
     )
     following, x0, corrected = _route(sample, tensors)(
         sample,
@@ -349,7 +346,5 @@ def _route(sample: Tensor, tensors: dict[str, Tensor | None]) -> Callable[..., A
     if not (native and learned and torch.is_grad_enabled()):
         return _solver_step if native else solver_step_reference
     if _dispatch._mode == "native":
-        raise RuntimeError(
-            "solver_step: no native kernel has a backward pass; use no_grad() or backend 'auto'"
-        )
+        raise RuntimeError("solver_step: no native kernel has a backward pass; use no_grad() or backend 'auto'")
     return solver_step_reference

@@ -236,7 +236,7 @@ def _describe(
     cosines: list[float] = []
 
     def follow(_: int, step: object) -> None:
-        estimate = model.scalers[gallery].unscale(step.x0)  # type: ignore[attr-defined]
+        estimate = model.diffusion.scaler(gallery).unscale(step.x0)  # type: ignore[attr-defined]
         cosines.append(float(torch.cosine_similarity(estimate, target, dim=-1).mean()))
 
     model.sample(

@@ -1,0 +1,42 @@
+// One element of a solver step; diffgap/ops/solver_step.py has the formula.
+#pragma once
+
+#include "common/macros.h"
+
+namespace diffgap {
+
+// A row of a solver table, in the order of diffgap.ops.solver_step.COLUMNS.
+struct StepRow {
+  float x0_sample, x0_output;
+  float corr_sample, corr_last, corr_x0, corr_h1, corr_h2, corr_h3;
+  float pred_corrected, pred_sample, pred_output, pred_x0, pred_h1, pred_h2, pred_h3, pred_noise;
+};
+constexpr int kStepColumns = sizeof(StepRow) / sizeof(float);
+
+// Classifier-free guidance in one of its two formulations.
+struct Guidance {
+  float scale;
+  bool offset_form;
+};
+
+DIFFGAP_HD float guide(Guidance guidance, float conditional, float unconditional) {
+  const float base = guidance.offset_form ? conditional : unconditional;
+  return base + guidance.scale * (conditional - unconditional);
+}
+
+// What an element's step reads; absent terms are zero.
+struct StepTerms {
+  float sample, output, x0, last, h1, h2, h3, noise;
+};
+
+DIFFGAP_HD float correct(const StepRow& c, const StepTerms& v) {
+  return c.corr_sample * v.sample + c.corr_last * v.last + c.corr_x0 * v.x0 + c.corr_h1 * v.h1 +
+         c.corr_h2 * v.h2 + c.corr_h3 * v.h3;
+}
+
+DIFFGAP_HD float advance(const StepRow& c, const StepTerms& v, float corrected) {
+  return c.pred_corrected * corrected + c.pred_sample * v.sample + c.pred_output * v.output +
+         c.pred_x0 * v.x0 + c.pred_h1 * v.h1 + c.pred_h2 * v.h2 + c.pred_h3 * v.h3 + c.pred_noise * v.noise;
+}
+
+}  // namespace diffgap

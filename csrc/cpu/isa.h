@@ -1,0 +1,62 @@
+// Runs a loop in the widest vector instructions of the machine, chosen once at run time: one binary serves
+// every x86-64, and other architectures take the compiler's baseline.
+//
+// A `Body` is a struct with a static, always inlined `run`; everything it calls must be always inlined too
+// (DIFFGAP_HD), because only then is it compiled anew for each instruction set.
+#pragma once
+
+#include <cstdlib>
+#include <cstring>
+
+namespace diffgap {
+
+#if defined(__x86_64__) && defined(__GNUC__)
+
+enum class Isa { kBaseline, kAvx2, kAvx512 };
+
+// The widest the machine has; the variable DIFFGAP_CPU_ISA = avx2 or baseline lowers it, for tests.
+inline Isa detect_isa() {
+  const char* limit = std::getenv("DIFFGAP_CPU_ISA");
+  const bool baseline = limit && std::strcmp(limit, "baseline") == 0;
+  const bool narrow = limit && std::strcmp(limit, "avx2") == 0;
+  if (baseline || !__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return Isa::kBaseline;
+  if (narrow || !__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") ||
+      !__builtin_cpu_supports("avx512dq") || !__builtin_cpu_supports("avx512vl")) {
+    return Isa::kAvx2;
+  }
+  return Isa::kAvx512;
+}
+
+template <typename Body, typename... Args>
+__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma"))) void run_avx512(const Args&... args) {
+  Body::run(args...);
+}
+
+template <typename Body, typename... Args>
+__attribute__((target("avx2,fma"))) void run_avx2(const Args&... args) {
+  Body::run(args...);
+}
+
+template <typename Body, typename... Args>
+void run_vectorised(const Args&... args) {
+  static const Isa isa = detect_isa();
+  switch (isa) {
+    case Isa::kAvx512:
+      return run_avx512<Body>(args...);
+    case Isa::kAvx2:
+      return run_avx2<Body>(args...);
+    case Isa::kBaseline:
+      return Body::run(args...);
+  }
+}
+
+#else
+
+template <typename Body, typename... Args>
+void run_vectorised(const Args&... args) {
+  Body::run(args...);
+}
+
+#endif
+
+}  // namespace diffgap

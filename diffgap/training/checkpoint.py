@@ -1,0 +1,97 @@
+"""Training state on disk: safetensors and JSON, written whole or not at all.
+
+    checkpoints/step-00000500/
+        model.safetensors       the weights being trained
+        ema.safetensors         their exponential moving average
+        optimizer.safetensors   one entry per parameter and buffer of the optimizer, "<parameter index>.<name>"
+        state.json              step, best validation score, loss scale
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from diffgap._files import atomic_folder
+
+_PREFIX = "step-"
+
+
+def save(
+    folder: Path,
+    step: int,
+    *,
+    model: nn.Module,
+    ema: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    state: Mapping[str, Any],
+    keep: int = 2,
+) -> Path:
+    """Write ``folder/step-<step>`` atomically and delete all but the newest ``keep`` checkpoints."""
+    target = folder / f"{_PREFIX}{step:08d}"
+    with atomic_folder(target, overwrite=True) as temporary:
+        save_file(_owned(model.state_dict()), temporary / "model.safetensors")
+        save_file(_owned(ema.state_dict()), temporary / "ema.safetensors")
+        save_file(_owned(_flatten(optimizer)), temporary / "optimizer.safetensors")
+        (temporary / "state.json").write_text(json.dumps({"step": step, **state}, indent=1))
+    for old in _all(folder)[:-keep]:
+        shutil.rmtree(old)
+    return target
+
+
+def latest(folder: Path) -> Path | None:
+    """The newest complete checkpoint below ``folder``, or ``None``."""
+    found = _all(folder)
+    return found[-1] if found else None
+
+
+def load(
+    checkpoint: Path, *, model: nn.Module, ema: nn.Module, optimizer: torch.optim.Optimizer
+) -> dict[str, Any]:
+    """Restore model, average and optimizer in place; return the saved ``state``.
+
+    Raises:
+        ValueError: A file is missing, damaged, or belongs to another configuration.
+    """
+    try:
+        model.load_state_dict(load_file(checkpoint / "model.safetensors"))
+        ema.load_state_dict(load_file(checkpoint / "ema.safetensors"))
+        _unflatten(optimizer, load_file(checkpoint / "optimizer.safetensors"))
+        state: dict[str, Any] = json.loads((checkpoint / "state.json").read_text())
+    except (OSError, SafetensorError, RuntimeError, KeyError, json.JSONDecodeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"checkpoint {checkpoint} cannot be restored ({reason}); delete that folder to resume from an earlier "
+            "one, or train into another output folder"
+        ) from error
+    return state
+
+
+def _all(folder: Path) -> list[Path]:
+    return sorted(folder.glob(f"{_PREFIX}*")) if folder.is_dir() else []
+
+
+def _owned(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    # safetensors refuses tensors that share memory.
+    return {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
+
+
+def _flatten(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    state = optimizer.state_dict()["state"]
+    return {f"{index}.{name}": value for index, entry in state.items() for name, value in entry.items()}
+
+
+def _unflatten(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        index, name = key.split(".", 1)
+        state.setdefault(int(index), {})[name] = value
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

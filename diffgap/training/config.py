@@ -1,0 +1,136 @@
+"""What a training run is made of: typed, with defaults and units, readable from and written to YAML."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from diffgap.models.settings import BridgeSettings
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which embeddings to train and evaluate on."""
+
+    path: str = "stamps"
+    """Folder of an embedding store, or "stamps" for the bundled Tux Paint set."""
+    split: Literal["concept", "folder"] = "concept"
+    """Bundled set only: concepts unseen in training, or whole folders of concepts unseen (harder)."""
+    split_seed: int = 0
+    """Bundled set only: which of the ten fixed splits, 0 to 9."""
+    modalities: tuple[str, ...] = ()
+    """Modalities to bridge; empty for all in the store."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Optimisation, validation and checkpoints. AdamW with linear warm-up and cosine decay to zero."""
+
+    steps: int = 2400
+    """Optimizer steps."""
+    batch_size: int = 256
+    """Rows in one optimizer step, over all processes and accumulated micro-batches."""
+    gradient_accumulation: int = 1
+    """Micro-batches in one step. The contrastive loss sees the negatives of one micro-batch."""
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.05
+    warmup_steps: int = 100
+    """Steps of linear warm-up."""
+    max_grad_norm: float = 1.0
+    """Gradients are clipped to this norm."""
+    ema_decay: float = 0.995
+    """Decay per step of the weight average that is validated and saved."""
+    eval_every: int = 400
+    """Steps between validations."""
+    patience: int = 0
+    """Stop after this many validations without a better score; 0 never stops early."""
+    checkpoint_every: int = 400
+    """Steps between checkpoints."""
+    seed: int = 0
+    """Fixes the weights, the order of the rows, the timesteps and all noise."""
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    trackers: tuple[str, ...] = ()
+    """Experiment trackers of accelerate to log to besides metrics.jsonl, e.g. tensorboard or wandb."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "gradient_accumulation", "eval_every", "checkpoint_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"train.{name} is {getattr(self, name)}; use 1 or more")
+        if self.batch_size % self.gradient_accumulation:
+            raise ValueError(
+                f"train.batch_size {self.batch_size} is not a multiple of train.gradient_accumulation "
+                f"{self.gradient_accumulation}; choose one that is"
+            )
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"train.ema_decay is {self.ema_decay}; use a value in [0, 1)")
+        if self.learning_rate <= 0:
+            raise ValueError(f"train.learning_rate is {self.learning_rate}; use a positive value")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything that decides the result of ``diffgap train``."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    bridge: BridgeSettings = field(default_factory=BridgeSettings)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+    def save(self, path: Path) -> None:
+        """Write as YAML."""
+        # A round trip through lists, because YAML has no tuples.
+        path.write_text(yaml.safe_dump(_plain(dataclasses.asdict(self)), sort_keys=False))
+
+    @classmethod
+    def load(cls, path: Path) -> RunConfig:
+        """Read YAML; fields left out keep their defaults.
+
+        Raises:
+            ValueError: Not YAML, or a field that does not exist.
+            FileNotFoundError: No such file.
+        """
+        if not path.is_file():
+            raise FileNotFoundError(f"config file {path} does not exist")
+        try:
+            content = yaml.safe_load(path.read_text()) or {}
+        except yaml.YAMLError as error:
+            raise ValueError(f"{path} is not YAML ({' '.join(str(error).split())[:120]})") from error
+        return _build(cls, content, str(path))
+
+    def differences(self, other: RunConfig) -> list[str]:
+        """Dotted names of the fields in which two configurations differ."""
+        mine, theirs = _leaves(dataclasses.asdict(self)), _leaves(dataclasses.asdict(other))
+        return [name for name in mine if mine[name] != theirs.get(name)]
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def _leaves(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: _plain(value)}
+    return flat
+
+
+def _build(cls: Any, content: Any, where: str) -> Any:
+    if not isinstance(content, dict):
+        raise ValueError(f"{where}: expected a mapping of fields, got {type(content).__name__}")
+    known = {f.name: f for f in dataclasses.fields(cls)}
+    unknown = sorted(set(content) - set(known))
+    if unknown:
+        raise ValueError(f"{where}: unknown field {unknown[0]!r}; known fields are {', '.join(known)}")
+    values = {}
+    for name, value in content.items():
+        default = known[name].default_factory if callable(known[name].default_factory) else None
+        if default is not None and dataclasses.is_dataclass(default):
+            values[name] = _build(default, value, f"{where}: {name}")
+        else:
+            values[name] = tuple(value) if isinstance(value, list) else value
+    return cls(**values)

@@ -1,0 +1,107 @@
+"""Run folders and the data they name, as the commands use them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from diffgap.data.store import EmbeddingStore
+from diffgap.models.bridge import DiffGAP
+from diffgap.training.config import DataConfig, RunConfig
+
+
+def load_data(config: DataConfig) -> EmbeddingStore:
+    """The embedding store a configuration names, with its split.
+
+    Raises:
+        FileNotFoundError: No store at ``config.path``.
+        ValueError: The store is damaged, or lacks one of ``config.modalities``.
+    """
+    if config.path == "stamps":
+        from diffgap.data.stamps import load_stamps
+
+        store = load_stamps(split=config.split, seed=config.split_seed)
+    else:
+        store = EmbeddingStore.open(config.path)
+    for name in config.modalities:
+        if name not in store.modalities:
+            raise ValueError(
+                f"data.modalities names {name!r}, which {config.path} does not hold; it has {', '.join(store.modalities)}"
+            )
+    return store
+
+
+def load_run(folder: Path) -> tuple[DiffGAP, RunConfig]:
+    """The trained bridge and the configuration of a run folder of ``diffgap train``.
+
+    Raises:
+        FileNotFoundError: Not a run folder, or its training has not reached a validation yet.
+    """
+    if not (folder / "config.yaml").is_file():
+        raise FileNotFoundError(f"{folder} is no run folder (no config.yaml); train one with `diffgap train {folder}`")
+    if not (folder / "model").is_dir():
+        raise FileNotFoundError(f"{folder} holds no model yet; finish it with `diffgap train {folder}`")
+    return DiffGAP.from_pretrained(folder / "model").eval(), RunConfig.load(folder / "config.yaml")
+
+
+def bridge_embeddings(
+    run: Path,
+    source: str,
+    target: str,
+    *,
+    data: str = "",
+    split: str = "test",
+    num_samples: int = 1,
+    seed: int = 0,
+    steps: int | None = None,
+    solver: str | None = None,
+    guidance_scale: float | None = None,
+) -> EmbeddingStore:
+    """Sample ``target`` embeddings for every ``source`` embedding; see ``diffgap sample --help``.
+
+    Args:
+        data: Store folder, "stamps", or a ``.npy`` file of shape (N, D); "" for the run's own data.
+        split: Rows of a store: "train", "val", "test" or "all". A ``.npy`` file is always taken whole.
+
+    Returns:
+        A store in memory with one modality, ``target``; row ``i * num_samples + k`` is sample k of input i and keeps
+        the input's group, caption and split.
+    """
+    if num_samples < 1:
+        raise ValueError(f"num_samples is {num_samples}; use 1 or more")
+    model, config = load_run(run)
+    if data.endswith(".npy"):
+        inputs = _from_npy(Path(data), source)
+    else:
+        named = replace(config.data, path=data, modalities=()) if data else config.data
+        inputs = load_data(named)
+        inputs = inputs if split == "all" else inputs.split(split)
+    if source not in inputs.modalities:
+        raise ValueError(f"source {source!r} is not in the data; it has {', '.join(inputs.modalities)}")
+    rows = inputs.unique_rows(source)
+    samples = model.sample(
+        target, num_samples=num_samples, seed=seed, steps=steps, solver=solver, guidance_scale=guidance_scale,
+        **{source: inputs.embeddings(source, rows)},
+    )  # fmt: skip
+    index: dict[str, list[str]] = {}
+    for name in ("group", "split", "caption"):
+        if name in inputs.index.column_names:
+            index[name] = [value for value in inputs.column(name)[rows] for _ in range(num_samples)]
+    index["id"] = [f"{name}#{k}" for name in inputs.column("id")[rows] for k in range(num_samples)]
+    index["source"] = [f"{source} -> {target}"] * len(index["id"])
+    return EmbeddingStore.from_arrays({target: samples.flatten(0, 1).float().cpu()}, index)
+
+
+def _from_npy(path: Path, modality: str) -> EmbeddingStore:
+    if not path.is_file():
+        raise FileNotFoundError(f"data file {path} does not exist")
+    try:
+        array = np.load(path, allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise ValueError(f"{path} is not a .npy array of numbers ({' '.join(str(error).split())[:100]})") from error
+    if array.ndim != 2 or not np.issubdtype(array.dtype, np.floating):
+        raise ValueError(f"{path} holds {array.dtype} of shape {array.shape}; it must be floating point (N, D)")
+    return EmbeddingStore.from_arrays({modality: torch.from_numpy(array.astype(np.float32))})

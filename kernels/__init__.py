@@ -1,0 +1,1 @@
+"""Triton kernels of diffgap; installed as ``diffgap.kernels``."""

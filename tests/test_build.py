@@ -1,0 +1,166 @@
+"""setup.py: what it builds, what it says where something is missing, and what the libraries link against."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import diffgap
+from diffgap.ops._native import CPU_MISSING
+
+ROOT = Path(__file__).resolve().parent.parent
+LIBRARIES = sorted(Path(diffgap.__file__).parent.glob("_C_*.so"))
+
+pytestmark = pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="runs from the source folder alone")
+
+
+def setup(folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run a copy of setup.py, without pyproject.toml, in ``folder``."""
+    shutil.copy(ROOT / "setup.py", folder)
+    if not (folder / "csrc").exists():
+        shutil.copytree(ROOT / "csrc", folder / "csrc")
+    return subprocess.run(
+        [sys.executable, "setup.py", *arguments],
+        cwd=folder,
+        env={**os.environ, "DIFFGAP_CPU": "auto", "DIFFGAP_CUDA": "0", **environment},
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.mark.skipif(not LIBRARIES, reason=str(CPU_MISSING))
+@pytest.mark.skipif(shutil.which("nm") is None, reason="nm (binutils) is not installed")
+def test_libraries_use_the_stable_abi_alone() -> None:
+    for library in LIBRARIES:
+        command = ["nm", "-D", "-C", "--undefined-only", str(library)]
+        symbols = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        assert "torch_parallel_for" in symbols or "aoti_torch" in symbols
+        unstable = [line for line in symbols.splitlines() if re.search(r"\b(at|c10|torch)::|\bPy[A-Z_]", line)]
+        assert not unstable, f"{library.name}: {unstable}"
+        assert library.name.endswith(".abi3.so")
+
+
+INSTRUCTION_SETS = """
+import sys, torch
+from diffgap.ops.q_sample import q_sample
+from diffgap.ops.random import normal
+from diffgap.ops.solver_step import COLUMNS, solver_step
+seed = torch.arange(5)
+a, b = normal(seed, (3, 333)), normal(seed, (3, 333), 1)
+table = torch.linspace(-1, 1, len(COLUMNS), dtype=torch.float64)[None]
+options = {"unconditional": b, "guidance_scale": 2.0, "guidance_rescale": 0.5, "last_sample": a, "history": [b, a, b]}
+results = [a, b]
+for dtype in (torch.float32, torch.float16, torch.bfloat16):
+    results += q_sample(a.to(dtype), seed * 0, table[:, -2:], seed, "v_prediction")
+    results += solver_step(a.to(dtype), b.to(dtype), table, 0, seed=seed, x0_norm=9.0, **options)
+torch.save(results, sys.argv[1])
+"""
+
+
+@pytest.mark.skipif(CPU_MISSING is not None, reason=str(CPU_MISSING))
+@pytest.mark.parametrize("isa", ["avx2", "baseline"])
+def test_every_instruction_set_gives_the_same_numbers(tmp_path: Path, isa: str) -> None:
+    results = {}
+    for name in ("widest", isa):
+        file = tmp_path / f"{name}.pt"
+        environment = {**os.environ, "DIFFGAP_CPU_ISA": name, "DIFFGAP_BACKEND": "native"}
+        command = [sys.executable, "-c", INSTRUCTION_SETS, str(file)]
+        subprocess.run(command, cwd=ROOT, env=environment, check=True)
+        results[name] = torch.load(file)
+    for noise, same in zip(results[isa][:2], results["widest"][:2], strict=True):
+        assert torch.equal(noise, same)
+    for ours, widest in zip(results[isa][2:], results["widest"][2:], strict=True):
+        torch.testing.assert_close(ours, widest)
+
+
+def test_install_without_a_compiler_is_pure_python(tmp_path: Path) -> None:
+    result = setup(tmp_path, "--version", CXX="no-such-compiler")
+    assert result.returncode == 0, result.stderr
+    messages = [line for line in result.stderr.splitlines() if line.startswith("diffgap: ")]
+    assert len(messages) == 1
+    assert "C++20 compiler" in messages[0]
+
+
+def test_install_without_torch_is_pure_python(tmp_path: Path) -> None:
+    (tmp_path / "stub").mkdir()
+    (tmp_path / "stub" / "torch.py").write_text("raise ImportError('not installed')\n")
+    result = setup(tmp_path, "--version", PYTHONPATH=str(tmp_path / "stub"))
+    assert result.returncode == 0, result.stderr
+    messages = [line for line in result.stderr.splitlines() if line.startswith("diffgap: ")]
+    assert len(messages) == 1
+    assert "torch at build time" in messages[0]
+
+
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [
+        ({"DIFFGAP_CPU": "1", "CXX": "no-such-compiler"}, "DIFFGAP_CPU=1, but"),
+        ({"DIFFGAP_CPU": "yes"}, "DIFFGAP_CPU: use 0 or 1"),
+    ],
+)
+def test_forced_build_fails_in_one_line(tmp_path: Path, variables: dict[str, str], said: str) -> None:
+    result = setup(tmp_path, "--version", **variables)
+    assert result.returncode == 1
+    assert said in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_nothing_is_built_when_switched_off(tmp_path: Path) -> None:
+    result = setup(tmp_path, "--version", DIFFGAP_CPU="0")
+    assert result.returncode == 0
+    assert "diffgap: " not in result.stderr
+
+
+CUDA_SOURCE = """
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <cuda_fp16.h>
+#include "common/normal.h"
+#include "common/philox.h"
+
+using torch::stable::Tensor;
+
+__global__ void draw(float* out, uint64_t seed) {
+  const diffgap::Words words = diffgap::sample_words(seed, threadIdx.x, 0, 0);
+  out[threadIdx.x] = diffgap::box_muller(words.w0, words.w1).n0;
+}
+
+Tensor scratch(const Tensor& x) {
+  Tensor out = torch::stable::empty_like(x);
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device(), &stream));
+  draw<<<1, 32, 0, static_cast<cudaStream_t>(stream)>>>(static_cast<float*>(out.data_ptr()), 1);
+  return out;
+}
+
+STABLE_TORCH_LIBRARY_FRAGMENT(diffgap_scratch, m) { m.def("scratch(Tensor x) -> Tensor"); }
+STABLE_TORCH_LIBRARY_IMPL(diffgap_scratch, CUDA, m) { m.impl("scratch", TORCH_BOX(&scratch)); }
+"""
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed")
+@pytest.mark.skipif(torch.version.cuda is None, reason="torch is built without CUDA")
+def test_cuda_library_builds_and_loads_without_a_gpu(tmp_path: Path) -> None:
+    shutil.copytree(ROOT / "csrc" / "common", tmp_path / "csrc" / "common")
+    (tmp_path / "csrc" / "cuda").mkdir()
+    (tmp_path / "csrc" / "cuda" / "scratch.cu").write_text(CUDA_SOURCE)
+    switches = {"DIFFGAP_CPU": "0", "DIFFGAP_CUDA": "1", "TORCH_CUDA_ARCH_LIST": "9.0"}
+    result = setup(tmp_path, "build_ext", "--build-lib", "out", **switches)
+    if "but the CUDA kernels need" in result.stderr:
+        pytest.skip(result.stderr.strip().splitlines()[-1])
+    assert result.returncode == 0, result.stdout + result.stderr
+    (library,) = (tmp_path / "out" / "diffgap").glob("_C_cuda*.so")
+    program = f"import torch; torch.ops.load_library({str(library)!r}); print(torch.ops.diffgap_scratch.scratch)"
+    loaded = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert loaded.returncode == 0, loaded.stderr
+    symbols = subprocess.run(["nm", "-D", "-C", "--undefined-only", library], capture_output=True, text=True).stdout
+    assert not re.search(r"\b(at|c10)::", symbols)
+    assert "cudaLaunchKernel" not in symbols, "the CUDA runtime must be linked statically"
