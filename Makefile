@@ -3,20 +3,23 @@
 #   make test    environment, install, and the tests
 PYTHON ?= python3
 VENV   ?= .venv
+EXTRAS ?= dev
 STEPS  ?=
-BIN    := $(VENV)/bin
-STAMP  := $(VENV)/.installed
+MEDIA  ?= .media
 
-.PHONY: demo test lint install clean
+BIN       := $(VENV)/bin
+INSTALLED := $(VENV)/.installed-$(EXTRAS)
 
-install: $(STAMP)
+.PHONY: demo test lint install media clean
+
+install: $(INSTALLED)
 
 # torch first, and no build isolation, so that the extension compiles against the torch it will run with.
-$(STAMP): pyproject.toml setup.py $(wildcard csrc/*/*)
+$(INSTALLED): pyproject.toml setup.py $(wildcard csrc/*/*)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --upgrade "pip<27" "setuptools>=77" wheel ninja pybind11
+	$(BIN)/pip install --quiet --upgrade "pip<27" "setuptools>=77" wheel ninja
 	$(BIN)/pip install --quiet "torch>=2.10" numpy
-	$(BIN)/pip install --quiet --no-build-isolation --editable ".[dev]"
+	$(BIN)/pip install --quiet --no-build-isolation --editable ".[$(EXTRAS)]"
 	touch $@
 
 demo: install
@@ -29,6 +32,14 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The pictures and recordings behind the bundled embeddings (160 MB, Debian and Ubuntu), for the tests that embed them
+# again: make media && DIFFGAP_STAMPS_MEDIA=.media make test EXTRAS=dev,offline
+media: $(MEDIA)/usr
+
+$(MEDIA)/usr:
+	mkdir -p $(MEDIA)
+	cd $(MEDIA) && apt-get download tuxpaint-stamps-default=2022.06.04-1 && dpkg-deb -x tuxpaint-stamps-default_*.deb .
 
 clean:
 	rm -rf build dist *.egg-info diffgap/_C_*.so .pytest_cache .mypy_cache .ruff_cache demo-run

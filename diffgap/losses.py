@@ -178,9 +178,7 @@ class SigLipLoss(nn.Module):
         super().__init__()
         _check_world(rank, world_size)
         if dist_impl is not None and dist_impl not in _SIGLIP_EXCHANGES:
-            raise ValueError(
-                f"dist_impl must be one of {', '.join(_SIGLIP_EXCHANGES)} or None, got {dist_impl!r}"
-            )
+            raise ValueError(f"dist_impl must be one of {', '.join(_SIGLIP_EXCHANGES)} or None, got {dist_impl!r}")
         if chunk_size < 0:
             raise ValueError(f"chunk_size must be a number of rows, 0 for all, got {chunk_size}")
         self.cache_labels = cache_labels

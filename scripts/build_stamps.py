@@ -72,9 +72,7 @@ def find_media(root: Path) -> Path:
     files = sorted(p for p in media.rglob("*") if p.suffix in {".txt", ".png", ".svg", ".ogg"})
     digest = hashlib.sha256()
     for path in files:
-        digest.update(
-            path.relative_to(media).as_posix().encode() + hashlib.sha256(path.read_bytes()).digest()
-        )
+        digest.update(path.relative_to(media).as_posix().encode() + hashlib.sha256(path.read_bytes()).digest())
     if digest.hexdigest() != MEDIA_SHA256:
         raise ValueError(
             f"{media}: its {len(files)} media files are not those of {PACKAGE} {VERSION}; "
@@ -145,9 +143,7 @@ def render_all(stamps: list[Stamp], embed: Callable[[Path], FloatArray]) -> dict
     return images
 
 
-def with_progress(
-    items: list[Path], what: str, embed: Callable[[Path], FloatArray]
-) -> dict[Path, FloatArray]:
+def with_progress(items: list[Path], what: str, embed: Callable[[Path], FloatArray]) -> dict[Path, FloatArray]:
     """Embeds files one by one and prints how far it is."""
     found = {}
     for count, item in enumerate(items, 1):
@@ -208,9 +204,7 @@ def build_store(
             for name, value in record.items():
                 columns[name].append(value)  # type: ignore[arg-type]
     arrays = {name: of.stack() for name, of in rows.items()}
-    return EmbeddingStore.from_arrays(
-        arrays, columns, encoders={name: e.fingerprint for name, e in embed.items()}
-    )
+    return EmbeddingStore.from_arrays(arrays, columns, encoders={name: e.fingerprint for name, e in embed.items()})
 
 
 def inseparable(store: EmbeddingStore) -> list[tuple[str, str]]:
@@ -223,9 +217,7 @@ def inseparable(store: EmbeddingStore) -> list[tuple[str, str]]:
     print(f"{len(pairs)} pairs of captions share a recording: {sorted(pairs)}")
     for name in ("audio", "image"):
         first = store.unique_rows(name)
-        parts = (
-            [first[languages[first] == language] for language in LANGUAGES] if name == "audio" else [first]
-        )
+        parts = [first[languages[first] == language] for language in LANGUAGES] if name == "audio" else [first]
         for part in parts:
             rows = store.embeddings(name, part).numpy()
             rows = rows - rows.mean(axis=0) if name == "audio" else rows
@@ -264,9 +256,7 @@ def explained(features: Iterable[FloatArray], languages: Iterable[str]) -> float
 
 def main() -> int:
     """Builds the data set; exit status 0, or 1 with one line on standard error."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("media", type=Path, help="folder the Debian package was extracted to")
     parser.add_argument("--work", type=Path, default=Path("build/stamps"), help="cache folder (build/stamps)")
     parser.add_argument("--refit", action="store_true", help="fit the speech projection anew")

@@ -33,9 +33,7 @@ class LinkedSets:
         return sorted(found.values())
 
 
-def near_pairs(
-    rows: npt.NDArray[np.float32], groups: Sequence[str], threshold: float
-) -> list[tuple[str, str, float]]:
+def near_pairs(rows: npt.NDArray[np.float32], groups: Sequence[str], threshold: float) -> list[tuple[str, str, float]]:
     """Pairs of groups that hold rows of cosine >= ``threshold``, with the highest cosine, by name."""
     unit = rows / np.linalg.norm(rows, axis=1, keepdims=True)
     best: dict[tuple[str, str], float] = {}
@@ -60,9 +58,7 @@ def fill(sets: Sequence[Sequence[str]], seed: int) -> dict[str, str]:
     room = {part: share * total for part, share in SHARES.items()}
     parts: dict[str, str] = {}
     for i in order:
-        open_parts = [part for part in SHARES if room[part] >= len(sets[i])] or [
-            max(room, key=room.__getitem__)
-        ]
+        open_parts = [part for part in SHARES if room[part] >= len(sets[i])] or [max(room, key=room.__getitem__)]
         chances = np.array([room[part] for part in open_parts])
         part = open_parts[int(generator.choice(len(open_parts), p=chances / chances.sum()))]
         room[part] -= len(sets[i])
@@ -70,9 +66,7 @@ def fill(sets: Sequence[Sequence[str]], seed: int) -> dict[str, str]:
     return parts
 
 
-def split_lists(
-    groups: Mapping[str, set[str]], pairs: Iterable[tuple[str, str]], seeds: int
-) -> dict[str, list[str]]:
+def split_lists(groups: Mapping[str, set[str]], pairs: Iterable[tuple[str, str]], seeds: int) -> dict[str, list[str]]:
     """Columns of ``splits.parquet``: group, concept_0 .. and folder_0 .. (train, val or test).
 
     ``groups`` maps a group to the folders it occurs in and ``pairs`` names groups that must not be separated.

@@ -34,13 +34,24 @@ def test_atomic_folder_overwrites(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+def interrupted_folder(path: Path) -> None:
+    with atomic_folder(path, overwrite=True) as folder:
+        (folder / "a").write_text("half")
+        raise RuntimeError("stop")
+
+
+def interrupted_file(path: Path) -> None:
+    with atomic_file(path) as file:
+        file.write_text("half")
+        raise RuntimeError("stop")
+
+
 @pytest.mark.parametrize("exists", [False, True])
 def test_exception_changes_nothing(tmp_path: Path, exists: bool) -> None:
     if exists:
         write(tmp_path / "out", "x")
-    with pytest.raises(RuntimeError, match="stop"), atomic_folder(tmp_path / "out", overwrite=True) as folder:
-        (folder / "a").write_text("half")
-        raise RuntimeError("stop")
+    with pytest.raises(RuntimeError, match="stop"):
+        interrupted_folder(tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == (["out"] if exists else [])
     if exists:
         assert (tmp_path / "out" / "a").read_text() == "x"
@@ -49,9 +60,8 @@ def test_exception_changes_nothing(tmp_path: Path, exists: bool) -> None:
 def test_atomic_file(tmp_path: Path) -> None:
     target = tmp_path / "a.txt"
     target.write_text("old")
-    with pytest.raises(RuntimeError, match="stop"), atomic_file(target) as file:
-        file.write_text("half")
-        raise RuntimeError("stop")
+    with pytest.raises(RuntimeError, match="stop"):
+        interrupted_file(target)
     assert target.read_text() == "old"
     with atomic_file(target) as file:
         file.write_text("new")

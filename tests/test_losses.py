@@ -21,13 +21,9 @@ from diffgap.losses import ClipLoss, SigLipLoss
 
 WORLD = 2
 CLIP_OPTIONS = [
-    {"local_loss": local, "gather_with_grad": with_grad}
-    for local in (False, True)
-    for with_grad in (False, True)
+    {"local_loss": local, "gather_with_grad": with_grad} for local in (False, True) for with_grad in (False, True)
 ]
-SIGLIP_OPTIONS: list[dict[str, Any]] = [
-    {"dist_impl": name} for name in ("bidir", "shift", "reduce", "gather")
-]
+SIGLIP_OPTIONS: list[dict[str, Any]] = [{"dist_impl": name} for name in ("bidir", "shift", "reduce", "gather")]
 
 
 def load_peer() -> Any:
@@ -43,14 +39,10 @@ def load_peer() -> Any:
 
 
 PEER = load_peer()
-needs_peer = pytest.mark.skipif(
-    PEER is None, reason="open_clip is not installed: pip install open-clip-torch"
-)
+needs_peer = pytest.mark.skipif(PEER is None, reason="open_clip is not installed: pip install open-clip-torch")
 
 
-def features(
-    rows: int, width: int = 24, dtype: torch.dtype = torch.float32, seed: int = 0
-) -> tuple[Tensor, Tensor]:
+def features(rows: int, width: int = 24, dtype: torch.dtype = torch.float32, seed: int = 0) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     image, text = torch.randn(2, rows, width, generator=generator)
     return F.normalize(image, dim=1).to(dtype), F.normalize(image / 4 + text, dim=1).to(dtype)
@@ -111,9 +103,7 @@ def test_losses_take_numbers_and_towers_of_unequal_dtype(loss: nn.Module) -> Non
     image, text = features(5)
     value = loss(image.bfloat16(), text, 10.0, -5.0)
     assert value.dtype == torch.float32
-    torch.testing.assert_close(
-        value, loss(image.bfloat16().float(), text, torch.tensor(10.0), torch.tensor(-5.0))
-    )
+    torch.testing.assert_close(value, loss(image.bfloat16().float(), text, torch.tensor(10.0), torch.tensor(-5.0)))
 
 
 @pytest.mark.parametrize("make", [ClipLoss, SigLipLoss])

@@ -48,9 +48,7 @@ class Modality:
 def validate_modality_name(name: str) -> str:
     """The name becomes a file name and a column name, so nothing but ``[a-z][a-z0-9_]*`` is let through."""
     if not isinstance(name, str) or not _MODALITY.fullmatch(name):
-        raise ValueError(
-            f"modality name {name!r} must match [a-z][a-z0-9_]*, for example 'audio' or 'text_2'"
-        )
+        raise ValueError(f"modality name {name!r} must match [a-z][a-z0-9_]*, for example 'audio' or 'text_2'")
     return name
 
 
@@ -103,14 +101,8 @@ class RowCheck:
         """Raises one ValueError with the count if the rows are degenerate."""
         for count, what in ((self.not_finite, "NaN or infinite"), (self.zero, "all zero")):
             if count:
-                raise ValueError(
-                    f"{where}: {count} of {self.total} embeddings are {what}; drop or re-embed them"
-                )
-        units = (
-            torch.nn.functional.normalize(torch.cat(self._sample), dim=1)
-            if self._sample
-            else torch.zeros(0, 1)
-        )
+                raise ValueError(f"{where}: {count} of {self.total} embeddings are {what}; drop or re-embed them")
+        units = torch.nn.functional.normalize(torch.cat(self._sample), dim=1) if self._sample else torch.zeros(0, 1)
         n = len(units)
         if n < 2:
             return
@@ -137,9 +129,7 @@ def check_modality(modality: Modality, where: str, *, rows: bool = True) -> None
             raise ValueError(f"{where}: {name!r} is {got}; expected {dtype} ({len(data)},)")
     if lengths is not None:
         if data.dim() != 3:
-            raise ValueError(
-                f"{where}: 'lengths' needs embeddings of shape (R, T, D); got {tuple(data.shape)}"
-            )
+            raise ValueError(f"{where}: 'lengths' needs embeddings of shape (R, T, D); got {tuple(data.shape)}")
         bad = int(((lengths < 1) | (lengths > data.shape[1])).sum())
         if bad:
             raise ValueError(f"{where}: {bad} of {len(lengths)} lengths lie outside 1..{data.shape[1]}")
@@ -160,26 +150,18 @@ def read_modality(path: Path) -> Modality:
         raise
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(
-            f"{path}: not a readable safetensors file ({reason}); write the store again"
-        ) from error
+        raise ValueError(f"{path}: not a readable safetensors file ({reason}); write the store again") from error
     if "embeddings" not in names:
-        raise ValueError(
-            f"{path}: holds no tensor 'embeddings', only {sorted(names)}; write it with write_store"
-        )
+        raise ValueError(f"{path}: holds no tensor 'embeddings', only {sorted(names)}; write it with write_store")
     check_version(metadata.get("format_version"), path)
-    return Modality(
-        tensors["embeddings"], tensors.get("scale"), tensors.get("lengths"), metadata.get("encoder", "")
-    )
+    return Modality(tensors["embeddings"], tensors.get("scale"), tensors.get("lengths"), metadata.get("encoder", ""))
 
 
 def check_version(version: str | None, path: Path) -> None:
     """Raises ValueError unless ``version`` is the format this package reads."""
     if version != FORMAT_VERSION:
         found = "no format version" if version is None else f"format version {version!r}"
-        raise ValueError(
-            f"{path}: {found}, this diffgap reads {FORMAT_VERSION!r}; convert it with `diffgap import`"
-        )
+        raise ValueError(f"{path}: {found}, this diffgap reads {FORMAT_VERSION!r}; convert it with `diffgap import`")
 
 
 def write_modality(
@@ -219,9 +201,7 @@ def write_modality(
         file.seek(base + offsets["embeddings"])
         for data, scale in chunks:
             if tuple(data.shape[1:]) != shape[1:] or done + len(data) > count:
-                raise ValueError(
-                    f"{path.name}: rows {tuple(data.shape)} at row {done} do not fit shape {shape}"
-                )
+                raise ValueError(f"{path.name}: rows {tuple(data.shape)} at row {done} do not fit shape {shape}")
             part = None if lengths is None else lengths[done : done + len(data)]
             check.add(dequantize(data, scale), part)
             file.write(data.contiguous().numpy().data)

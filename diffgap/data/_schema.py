@@ -45,18 +45,12 @@ def as_columns(index: Mapping[str, Any] | pa.Table | None, counts: Mapping[str, 
         for name, values in index.items():
             kind = pa.string() if name in _TEXT else pa.int64() if name.startswith("row_") else None
             try:
-                columns[name] = pa.array(
-                    values.tolist() if isinstance(values, torch.Tensor) else values, kind
-                )
+                columns[name] = pa.array(values.tolist() if isinstance(values, torch.Tensor) else values, kind)
             except (pa.ArrowException, TypeError) as error:
-                raise TypeError(
-                    f"index column {name!r} is not of type {kind}: {str(error).splitlines()[0]}"
-                ) from error
+                raise TypeError(f"index column {name!r} is not of type {kind}: {str(error).splitlines()[0]}") from error
     sizes = {name: len(values) for name, values in columns.items()} or dict(counts)
     if len(set(sizes.values())) > 1:
-        raise ValueError(
-            f"index columns and arrays differ in length: {sizes}; give every column one value a row"
-        )
+        raise ValueError(f"index columns and arrays differ in length: {sizes}; give every column one value a row")
     count = next(iter(sizes.values()), 0)
     columns.setdefault("id", pa.array([str(i) for i in range(count)], pa.string()))
     columns.setdefault("group", columns["id"])
@@ -75,9 +69,7 @@ def check_index(
         if name not in modalities:
             raise ValueError(f"{where}: column {column!r} has no file {name}.safetensors beside it")
         if table[column].type != pa.int64() or table[column].null_count:
-            raise ValueError(
-                f"{where}: column {column!r} must be int64 without nulls; got {table[column].type}"
-            )
+            raise ValueError(f"{where}: column {column!r} must be int64 without nulls; got {table[column].type}")
         rows[name] = table[column].to_numpy().copy()  # arrow's memory is read-only
         count, bad = len(modalities[name].data), rows[name]
         outside = int(((bad < -1) | (bad >= count)).sum())
@@ -98,9 +90,7 @@ def check_index(
 def _check_text_columns(table: pa.Table, where: str) -> pa.Table:
     missing = [name for name in _REQUIRED if name not in table.column_names]
     if missing:
-        raise ValueError(
-            f"{where}: column {missing[0]!r} is missing; it has {', '.join(table.column_names) or 'none'}"
-        )
+        raise ValueError(f"{where}: column {missing[0]!r} is missing; it has {', '.join(table.column_names) or 'none'}")
     for name in [c for c in _TEXT if c in table.column_names]:
         kind = table[name].type
         kind = kind.value_type if pa.types.is_dictionary(kind) else kind

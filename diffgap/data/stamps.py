@@ -77,9 +77,7 @@ def load_stamps(
         order[stored.rows(name)[first]] = np.arange(len(first))
         arrays[name] = embeddings
         index = index.append_column(f"row_{name}", [order[stored.rows(name)]])
-    return EmbeddingStore.from_arrays(
-        arrays, index, encoders={name: stored.encoder(name) for name in modalities}
-    )
+    return EmbeddingStore.from_arrays(arrays, index, encoders={name: stored.encoder(name) for name in modalities})
 
 
 def project_speech(features: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
@@ -92,9 +90,7 @@ def project_speech(features: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]
     """
     mean, deviation, basis = _projection()
     if features.ndim != 2 or features.shape[1] != len(mean):
-        raise ValueError(
-            f"features must have shape (n, {len(mean)}), from WhisperSpeech; got {features.shape}"
-        )
+        raise ValueError(f"features must have shape (n, {len(mean)}), from WhisperSpeech; got {features.shape}")
     return np.asarray(((features - mean) / deviation) @ basis, dtype=np.float32)
 
 

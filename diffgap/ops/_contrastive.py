@@ -35,13 +35,9 @@ def check_embeddings(op: str, names: tuple[str, str], x: Tensor, y: Tensor) -> N
             raise TypeError(f"{op}: {name} must be float32, float16, bfloat16 or float64, got {value.dtype}")
     x_name, y_name = names
     if x.shape[1] != y.shape[1]:
-        raise ValueError(
-            f"{op}: {x_name} and {y_name} must have one width, got {x.shape[1]} and {y.shape[1]}"
-        )
+        raise ValueError(f"{op}: {x_name} and {y_name} must have one width, got {x.shape[1]} and {y.shape[1]}")
     if x.dtype != y.dtype:
-        raise TypeError(
-            f"{op}: {x_name} and {y_name} must have one dtype, got {x.dtype} and {y.dtype}; cast one"
-        )
+        raise TypeError(f"{op}: {x_name} and {y_name} must have one dtype, got {x.dtype} and {y.dtype}; cast one")
     if x.device != y.device:
         raise ValueError(f"{op}: {x_name} and {y_name} must be on one device, got {x.device} and {y.device}")
 
@@ -53,9 +49,7 @@ def check_integers(op: str, name: str, values: Tensor, rows: Tensor) -> None:
     if values.dtype != torch.int64:
         raise TypeError(f"{op}: {name} must be int64, got {values.dtype}")
     if values.shape != rows.shape[:1]:
-        raise ValueError(
-            f"{op}: {name} must be ({rows.shape[0]},), one per row, got shape {tuple(values.shape)}"
-        )
+        raise ValueError(f"{op}: {name} must be ({rows.shape[0]},), one per row, got shape {tuple(values.shape)}")
     if values.device != rows.device:
         raise ValueError(f"{op}: {name} must be on {rows.device}, got {values.device}")
 
@@ -80,13 +74,9 @@ def check_ids(op: str, a: Tensor, b: Tensor, ids_a: Tensor | None, ids_b: Tensor
 def check_options(op: str, reduction: str, memory_budget: int | None) -> None:
     """Raise on an unknown reduction or a memory budget that is not a positive number of bytes."""
     if reduction not in get_args(Reduction):
-        raise ValueError(
-            f"{op}: reduction must be one of {', '.join(get_args(Reduction))}, got {reduction!r}"
-        )
+        raise ValueError(f"{op}: reduction must be one of {', '.join(get_args(Reduction))}, got {reduction!r}")
     if memory_budget is not None and memory_budget <= 0:
-        raise ValueError(
-            f"{op}: memory_budget must be a positive number of bytes or None, got {memory_budget}"
-        )
+        raise ValueError(f"{op}: memory_budget must be a positive number of bytes or None, got {memory_budget}")
 
 
 def scalar(op: str, name: str, value: float | Tensor, like: Tensor) -> Tensor:
@@ -106,9 +96,7 @@ def scalar(op: str, name: str, value: float | Tensor, like: Tensor) -> Tensor:
             raise ValueError(f"{op}: {name} must be finite, got {value.item()}")
         return value.reshape(()).to(like.device, compute_dtype(like))
     if not isinstance(value, (int, float)):
-        raise TypeError(
-            f"{op}: {name} must be a number or a tensor of one element, got {type(value).__name__}"
-        )
+        raise TypeError(f"{op}: {name} must be a number or a tensor of one element, got {type(value).__name__}")
     if not math.isfinite(value):
         raise ValueError(f"{op}: {name} must be finite, got {value}")
     return torch.full((), float(value), dtype=compute_dtype(like), device=like.device)

@@ -103,9 +103,7 @@ def choose(op: str, tensor: Tensor) -> Route:
     if obstacle is None:
         return "native"
     if _mode == "native":
-        raise RuntimeError(
-            f"{op}: backend 'native' was asked for, but {obstacle}; use diffgap.backend('auto')"
-        )
+        raise RuntimeError(f"{op}: backend 'native' was asked for, but {obstacle}; use diffgap.backend('auto')")
     return "eager"
 
 
@@ -174,14 +172,9 @@ def vjp(
     memory with nothing, or an empty tensor of shape (0,) for an input that is not a floating-point tensor.
     """
     # A kernel called from a TorchDispatchMode (opcheck, profilers, FakeTensorMode) runs with autograd excluded.
-    autograd_recorded = torch._C._SetExcludeDispatchKeyGuard(
-        torch._C.DispatchKey.AutogradFunctionality, False
-    )
+    autograd_recorded = torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.AutogradFunctionality, False)
     with autograd_recorded, torch.enable_grad():
-        leaves = [
-            x.detach().requires_grad_() if isinstance(x, Tensor) and x.is_floating_point() else x
-            for x in inputs
-        ]
+        leaves = [x.detach().requires_grad_() if isinstance(x, Tensor) and x.is_floating_point() else x for x in inputs]
         outputs = function(*leaves)
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         wanted = [x for x in leaves if isinstance(x, Tensor) and x.requires_grad]

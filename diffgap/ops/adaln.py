@@ -24,9 +24,7 @@ _EPS = 1e-6
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def adaln(
-    x: Tensor, branch: Tensor | None, gate: Tensor | None, shift: Tensor, scale: Tensor
-) -> tuple[Tensor, Tensor]:
+def adaln(x: Tensor, branch: Tensor | None, gate: Tensor | None, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     """Add a gated branch to the residual stream and modulate its layer norm: ``y = x + gate * branch`` and
     ``h = layer_norm(y) * (1 + scale) + shift``, no affine weights, eps 1e-6.
 
@@ -88,9 +86,7 @@ def _check(x: Tensor, branch: Tensor | None, gate: Tensor | None, shift: Tensor,
         missing = "branch" if branch is None else "gate"
         raise ValueError(f"adaln: {missing} is None; pass both branch and gate, or neither")
     if branch is not None and branch.shape != x.shape:
-        raise ValueError(
-            f"adaln: branch has shape {tuple(branch.shape)} but x {tuple(x.shape)}; make them equal"
-        )
+        raise ValueError(f"adaln: branch has shape {tuple(branch.shape)} but x {tuple(x.shape)}; make them equal")
     per_sample = (x.shape[0], x.shape[2])
     if shift.shape != per_sample and shift.shape != x.shape:
         raise ValueError(
@@ -100,8 +96,7 @@ def _check(x: Tensor, branch: Tensor | None, gate: Tensor | None, shift: Tensor,
     for name, modulation in (("scale", scale), ("gate", gate)):
         if modulation is not None and modulation.shape != shift.shape:
             raise ValueError(
-                f"adaln: {name} has shape {tuple(modulation.shape)} but shift {tuple(shift.shape)}; "
-                "make them equal"
+                f"adaln: {name} has shape {tuple(modulation.shape)} but shift {tuple(shift.shape)}; make them equal"
             )
     for name, other in (("branch", branch), ("gate", gate), ("shift", shift), ("scale", scale)):
         if other is not None and other.dtype != x.dtype:

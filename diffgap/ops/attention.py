@@ -91,9 +91,7 @@ def attention_reference(
     """The definition of :func:`attention` in plain torch; the weights are in the accumulation dtype."""
     dtype, accumulate = q.dtype, _accumulation_dtype(q)
     # Autocast would round the operands of the two products below to its dtype.
-    autocast_off = (
-        torch.autocast(q.device.type, enabled=False) if _dispatch.autocast_dtype(q) else nullcontext()
-    )
+    autocast_off = torch.autocast(q.device.type, enabled=False) if _dispatch.autocast_dtype(q) else nullcontext()
     with autocast_off:
         q, k, v = (x.to(accumulate).transpose(1, 2) for x in (q, k, v))  # (B, H, N, d)
         if key_mask is not None:
@@ -140,9 +138,7 @@ def _check(
                 f"(batch, keys, heads, head_dim) from q {tuple(q.shape)} and k {tuple(k.shape)}"
             )
         if tensor.dtype != q.dtype:
-            raise TypeError(
-                f"attention: {name} has dtype {tensor.dtype} but q {q.dtype}; convert one of them"
-            )
+            raise TypeError(f"attention: {name} has dtype {tensor.dtype} but q {q.dtype}; convert one of them")
     for name, weight in (("q_weight", q_weight), ("k_weight", k_weight)):
         if weight is not None and weight.shape != q.shape[3:]:
             raise ValueError(

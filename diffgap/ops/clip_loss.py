@@ -164,9 +164,7 @@ def _forward(
     memory_budget: int | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Losses of rows and columns, and each one's log-sum-exp, from which a backward kernel gets softmaxes."""
-    rows, columns = clip_loss_reference(
-        a, b, logit_scale, ids_a, ids_b, one_sided, label_offset, memory_budget
-    )
+    rows, columns = clip_loss_reference(a, b, logit_scale, ids_a, ids_b, one_sided, label_offset, memory_budget)
     with torch.autocast(a.device.type, enabled=False):
         scaled, b = logit_scale * a.to(rows.dtype), b.to(rows.dtype)
         rows_lse = _log_sum_exp(scaled, b, memory_budget)
@@ -241,9 +239,7 @@ class _ClipLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_rows: Tensor, grad_columns: Tensor) -> tuple[Tensor | None, ...]:
         # Gradients arrive expanded from the reductions; kernels read them flat.
-        grads = _backward_op(
-            grad_rows.contiguous(), grad_columns.contiguous(), *ctx.saved_tensors, *ctx.options
-        )
+        grads = _backward_op(grad_rows.contiguous(), grad_columns.contiguous(), *ctx.saved_tensors, *ctx.options)
         return *grads, None, None, None, None, None
 
 

@@ -97,9 +97,7 @@ def similarity_rank_counts(q: Tensor, g: Tensor, positives: Positives) -> tuple[
     check_embeddings("similarity_ranks", ("q", "g"), q, g)
     if isinstance(positives, tuple):
         if len(positives) != 2:
-            raise ValueError(
-                f"similarity_ranks: positives must be a pair (ids_q, ids_g), got {len(positives)} items"
-            )
+            raise ValueError(f"similarity_ranks: positives must be a pair (ids_q, ids_g), got {len(positives)} items")
         ids_q, ids_g = positives
         check_integers("similarity_ranks", "ids_q", ids_q, q)
         check_integers("similarity_ranks", "ids_g", ids_g, g)
@@ -155,9 +153,7 @@ def similarity_topk_reference(q: Tensor, g: Tensor, k: int) -> tuple[Tensor, Ten
     return values, indices
 
 
-def similarity_ranks_reference(
-    q: Tensor, g: Tensor, ids_q: Tensor, ids_g: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def similarity_ranks_reference(q: Tensor, g: Tensor, ids_q: Tensor, ids_g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The definition: find the best positive's score in one pass over the gallery, compare with it in a
     second."""
     counts = ids_q.new_zeros((3, q.shape[0]))

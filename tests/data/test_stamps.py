@@ -66,9 +66,7 @@ class TestStoredFiles:
 
     def test_each_recording_points_at_its_own_stamp(self, stored: EmbeddingStore) -> None:
         ids, images, rows = stored.column("id"), stored.column("image_file"), stored.rows("image")
-        assert all(
-            i.rpartition("_desc_")[0] == f.rpartition(".")[0] for i, f in zip(ids, images, strict=True)
-        )
+        assert all(i.rpartition("_desc_")[0] == f.rpartition(".")[0] for i, f in zip(ids, images, strict=True))
         assert len(set(zip(images, rows, strict=True))) == len(set(images)) == len(set(rows)) == STAMPS
         # Captions with several pictures keep them all.
         pictures = Counter(group for group, _ in set(zip(stored.column("group"), images, strict=True)))
@@ -90,9 +88,7 @@ class TestSplits:
             assert abs(count[part] / CAPTIONS - share) <= slack
 
     @pytest.mark.parametrize("seed", SEEDS)
-    def test_folders_are_disjoint(
-        self, stored: EmbeddingStore, lists: dict[str, dict[str, str]], seed: int
-    ) -> None:
+    def test_folders_are_disjoint(self, stored: EmbeddingStore, lists: dict[str, dict[str, str]], seed: int) -> None:
         parts = lists[f"folder_{seed}"]
         pairs = {(f, parts[g]) for f, g in zip(stored.column("folder"), stored.column("group"), strict=True)}
         assert len(pairs) == len(set(stored.column("folder")))
@@ -122,9 +118,7 @@ class TestSplits:
 
 
 class TestLoadStamps:
-    def test_default_is_concept_split_0(
-        self, stored: EmbeddingStore, lists: dict[str, dict[str, str]]
-    ) -> None:
+    def test_default_is_concept_split_0(self, stored: EmbeddingStore, lists: dict[str, dict[str, str]]) -> None:
         store = load_stamps()
         assert store.modalities == ("audio", "image", "text")
         assert list(store.column("split")) == [lists["concept_0"][g] for g in store.column("group")]
@@ -158,9 +152,7 @@ class TestLoadStamps:
         train = (raw.column("split") == "train") & (raw.column("language") == "fr")
         mean = raw.embeddings("audio", raw.unique_rows("audio")).numpy()
         picked = train[raw.unique_rows("audio")]
-        assert np.allclose(
-            shift[np.flatnonzero(raw.column("language") == "fr")], mean[picked].mean(axis=0), atol=1e-5
-        )
+        assert np.allclose(shift[np.flatnonzero(raw.column("language") == "fr")], mean[picked].mean(axis=0), atol=1e-5)
 
     def test_subset_of_modalities(self) -> None:
         assert load_stamps(modalities=("text", "image")).modalities == ("image", "text")
@@ -247,9 +239,7 @@ class TestReembedding:
         from diffgap.encoders.offline import EfficientNetImage
 
         encoder = EfficientNetImage()
-        picked = [
-            r for r in stored.unique_rows("image")[::80] if stored.column("image_file")[r].endswith(".png")
-        ]
+        picked = [r for r in stored.unique_rows("image")[::80] if stored.column("image_file")[r].endswith(".png")]
         expected = stored.embeddings("image", picked).numpy()
         found = encoder.encode([folder / name for name in stored.column("image_file")[picked]])
         assert encoder.fingerprint == stored.encoder("image")

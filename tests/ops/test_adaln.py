@@ -39,18 +39,14 @@ def inputs(
     modulation = (b, n, d) if per_token else (b, d)
     shapes = [(b, n, d), (b, n, d), modulation, modulation, modulation]
     tensors = [torch.randn(s, generator=generator, dtype=torch.float64).to(dtype) for s in shapes]
-    return [
-        None if first and name in ("branch", "gate") else x for name, x in zip(NAMES, tensors, strict=True)
-    ]
+    return [None if first and name in ("branch", "gate") else x for name, x in zip(NAMES, tensors, strict=True)]
 
 
 def explicit(
     x: Tensor, branch: Tensor | None, gate: Tensor | None, shift: Tensor, scale: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The formula, written out."""
-    gate, shift, scale = (
-        t.unsqueeze(1) if t is not None and t.ndim == 2 else t for t in (gate, shift, scale)
-    )
+    gate, shift, scale = (t.unsqueeze(1) if t is not None and t.ndim == 2 else t for t in (gate, shift, scale))
     y = x if branch is None else x + gate * branch
     centred = y - y.mean(-1, keepdim=True)
     return y, centred / (centred.square().mean(-1, keepdim=True) + 1e-6).sqrt() * (1 + scale) + shift
@@ -60,9 +56,7 @@ def with_layer_norm(
     x: Tensor, branch: Tensor | None, gate: Tensor | None, shift: Tensor, scale: Tensor
 ) -> tuple[Tensor, Tensor]:
     """As DiT writes it, every operation in the inputs' dtype."""
-    gate, shift, scale = (
-        t.unsqueeze(1) if t is not None and t.ndim == 2 else t for t in (gate, shift, scale)
-    )
+    gate, shift, scale = (t.unsqueeze(1) if t is not None and t.ndim == 2 else t for t in (gate, shift, scale))
     y = x if branch is None else x + gate * branch
     return y, F.layer_norm(y, y.shape[-1:], eps=1e-6) * (1 + scale) + shift
 
@@ -146,9 +140,7 @@ def test_adaln_opcheck(per_token: bool, first: bool) -> None:
     torch.library.opcheck(torch.ops.diffgap.adaln_backward.default, (*grads, x, branch, gate, scale))
 
 
-@pytest.mark.parametrize(
-    ("compiler", "first"), [("aot_eager", False), ("aot_eager", True), ("inductor", False)]
-)
+@pytest.mark.parametrize(("compiler", "first"), [("aot_eager", False), ("aot_eager", True), ("inductor", False)])
 @pytest.mark.usefixtures("route")
 def test_adaln_compiles(compiler: str, first: bool) -> None:
     def function(*arguments: Tensor) -> tuple[Tensor, Tensor]:
@@ -191,9 +183,7 @@ def test_adaln_any_strides() -> None:
     def outputs(function: Callable[..., tuple[Tensor, Tensor]]) -> list[Tensor]:
         leaves = [t.detach().clone().requires_grad_() for t in (x, branch, rows)]
         transposed = leaves[0].transpose(1, 2).contiguous().transpose(1, 2)
-        y, h = function(
-            transposed, leaves[1][:, :1].expand(-1, 3, -1), *leaves[2].expand(2, -1, -1).unbind(1)
-        )
+        y, h = function(transposed, leaves[1][:, :1].expand(-1, 3, -1), *leaves[2].expand(2, -1, -1).unbind(1))
         grad = torch.arange(3.0, dtype=torch.float64)[:, None].expand(2, 3, 8)
         return [y, h, *torch.autograd.grad((y, h), leaves, (grad, -grad))]
 

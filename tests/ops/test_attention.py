@@ -23,9 +23,7 @@ def route(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> st
     return request.param
 
 
-def inputs(
-    b: int, n_q: int, n_k: int, h: int, d: int, dtype: torch.dtype = torch.float32
-) -> dict[str, Tensor]:
+def inputs(b: int, n_q: int, n_k: int, h: int, d: int, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
     """Random q, k, v, norm weights and a mask that hides about a third of the keys, never all."""
     generator = torch.Generator().manual_seed(0)
     mask = torch.rand(b, n_k, generator=generator) > 0.3
@@ -56,8 +54,7 @@ def oracle(
 def outputs_and_gradients(function: Callable[..., Tensor], arguments: dict[str, Tensor]) -> list[Tensor]:
     """The output and the gradient of each floating-point argument, for a fixed incoming gradient."""
     leaves = {
-        name: x.detach().clone().requires_grad_() if x.is_floating_point() else x
-        for name, x in arguments.items()
+        name: x.detach().clone().requires_grad_() if x.is_floating_point() else x for name, x in arguments.items()
     }
     output = function(**leaves)
     generator = torch.Generator().manual_seed(1)

@@ -159,9 +159,7 @@ def test_clip_loss_is_finite_at_any_scale(scale: float, dtype: torch.dtype) -> N
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_clip_loss_of_a_collapsed_model_is_log_n(dtype: torch.dtype) -> None:
-    row = torch.nn.functional.normalize(
-        torch.randn(1, 100, generator=torch.Generator().manual_seed(0)), dim=1
-    )
+    row = torch.nn.functional.normalize(torch.randn(1, 100, generator=torch.Generator().manual_seed(0)), dim=1)
     a = row.to(dtype).repeat(50, 1)
     assert clip_loss(a, a, 100.0).item() == pytest.approx(math.log(50), rel=1e-5)
 
@@ -174,9 +172,7 @@ def test_clip_loss_shows_nan() -> None:
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-@pytest.mark.parametrize(
-    ("rows", "columns", "with_ids"), [(0, 0, False), (0, 0, True), (0, 5, True), (5, 0, True)]
-)
+@pytest.mark.parametrize(("rows", "columns", "with_ids"), [(0, 0, False), (0, 0, True), (0, 5, True), (5, 0, True)])
 def test_clip_loss_of_an_empty_batch_is_zero(rows: int, columns: int, with_ids: bool, reduction: Any) -> None:
     options: dict[str, Any] = {"reduction": reduction, "one_sided": reduction == "none"}
     if with_ids:

@@ -21,9 +21,7 @@ def known_ops(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_dispatch, "_ops", {})
     monkeypatch.setattr(_dispatch, "_mode", "auto")
     declare("fast", cpu=Native("C++", (torch.float32, torch.bfloat16)))
-    declare(
-        "broken", cpu=Native("C++", (torch.float32,), missing="the C++ extension is not built; reinstall")
-    )
+    declare("broken", cpu=Native("C++", (torch.float32,), missing="the C++ extension is not built; reinstall"))
     declare("plain")
 
 
@@ -126,9 +124,7 @@ def test_vjp_is_the_gradient_for_tensors_and_empty_for_the_rest() -> None:
     x, y = torch.randn(3, 4), torch.randn(3, 4)
     index = torch.tensor([0, 2])
     grad = torch.randn(2, 4)
-    dx, dy, *others = vjp(
-        lambda x, y, index, factor, none: factor * (x * y)[index], [x, y, index, 2.0, None], [grad]
-    )
+    dx, dy, *others = vjp(lambda x, y, index, factor, none: factor * (x * y)[index], [x, y, index, 2.0, None], [grad])
     expected = torch.zeros(3, 4).index_copy(0, index, grad) * 2
     torch.testing.assert_close(dx, expected * y)
     torch.testing.assert_close(dy, expected * x)
@@ -148,9 +144,7 @@ def test_vjp_gives_zeros_for_an_unused_input() -> None:
         (lambda x, y: (x + y).T, torch.ones(3, 2)),
     ],
 )
-def test_vjp_results_are_contiguous_and_own_their_memory(
-    function: Callable[..., Tensor], grad: Tensor
-) -> None:
+def test_vjp_results_are_contiguous_and_own_their_memory(function: Callable[..., Tensor], grad: Tensor) -> None:
     results = vjp(function, [torch.ones(2, 3), torch.ones(2, 3)], [grad])
     assert all(x.is_contiguous() for x in results)
     assert len({x.untyped_storage().data_ptr() for x in (grad, *results)}) == 3

@@ -112,9 +112,7 @@ def test_siglip_loss_of_blocks_adds_up_to_the_whole() -> None:
     """What a ring over ranks computes: the own block with positives, all others without."""
     a, b = pairs(6, 6, 16)
     blocks = [
-        siglip_loss(
-            a[i : i + 3], b[j : j + 3], 10.0, -3.0, reduction="sum", label_offset=0 if i == j else None
-        )
+        siglip_loss(a[i : i + 3], b[j : j + 3], 10.0, -3.0, reduction="sum", label_offset=0 if i == j else None)
         for i in (0, 3)
         for j in (0, 3)
     ]
@@ -129,13 +127,9 @@ def test_siglip_loss_without_bias_has_bias_zero() -> None:
 def test_siglip_loss_takes_scale_and_bias_in_any_form() -> None:
     a, b = pairs(6, 6, 8, torch.float32)
     expected = siglip_loss(a, b, 16.0, -4.0)
-    torch.testing.assert_close(
-        siglip_loss(a, b, torch.tensor([16.0]), torch.tensor(-4)[None].double()), expected
-    )
+    torch.testing.assert_close(siglip_loss(a, b, torch.tensor([16.0]), torch.tensor(-4)[None].double()), expected)
     scale, bias = leaf(16.0, torch.bfloat16), leaf(-4.0)
-    for x, gradient in zip(
-        (scale, bias), gradients(siglip_loss(a, b, scale, bias), [scale, bias]), strict=True
-    ):
+    for x, gradient in zip((scale, bias), gradients(siglip_loss(a, b, scale, bias), [scale, bias]), strict=True):
         assert gradient.dtype == x.dtype
 
 

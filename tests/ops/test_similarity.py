@@ -56,16 +56,12 @@ def oracle_rank(scores: list[float], positive: list[bool], ties: str) -> float:
         return above + tied + 1
     # The first of `equals` marked places, in a random order of all that tie, is k with the probability below.
     total = tied + equals
-    return above + sum(
-        k * math.comb(total - k, equals - 1) / math.comb(total, equals) for k in range(1, tied + 2)
-    )
+    return above + sum(k * math.comb(total - k, equals - 1) / math.comb(total, equals) for k in range(1, tied + 2))
 
 
 @pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(
-    ("queries", "gallery", "k"), [(1, 1, 1), (5, 7, 7), (11, 30, 10), (12, 100, 100), (0, 9, 3)]
-)
+@pytest.mark.parametrize(("queries", "gallery", "k"), [(1, 1, 1), (5, 7, 7), (11, 30, 10), (12, 100, 100), (0, 9, 3)])
 def test_similarity_topk_matches_the_oracle(queries: int, gallery: int, k: int, dtype: torch.dtype) -> None:
     q, g = embeddings(queries, 100, dtype), embeddings(gallery, 100, dtype, seed=1)
     values, indices = similarity_topk(q, g, k)
@@ -109,9 +105,7 @@ def test_similarity_topk_of_equal_rows_keeps_their_order(
 @pytest.mark.parametrize("ties", ["strict", "average"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("queries", "gallery"), [(1, 1), (5, 7), (12, 30), (30, 12), (0, 9)])
-def test_similarity_ranks_matches_the_oracle(
-    queries: int, gallery: int, dtype: torch.dtype, ties: Any
-) -> None:
+def test_similarity_ranks_matches_the_oracle(queries: int, gallery: int, dtype: torch.dtype, ties: Any) -> None:
     q, g = embeddings(queries, 100, dtype), embeddings(gallery, 100, dtype, seed=1)
     positives = torch.arange(queries) * 5 % gallery
     ranks = similarity_ranks(q, g, positives, ties=ties)
@@ -129,13 +123,9 @@ def test_similarity_ranks_matches_the_oracle(
 @pytest.mark.parametrize("grouped", [False, True])
 def test_similarity_ranks_counts_ties(grouped: bool, ties: Any) -> None:
     q, g = integers(18, 6), integers(40, 6, seed=1)
-    ids_q, ids_g = (
-        (ids_for(18, 7), ids_for(40, 7, seed=1)) if grouped else (torch.arange(18) * 2, torch.arange(40))
-    )
+    ids_q, ids_g = (ids_for(18, 7), ids_for(40, 7, seed=1)) if grouped else (torch.arange(18) * 2, torch.arange(40))
     ranks = similarity_ranks(q, g, (ids_q, ids_g) if grouped else ids_q, ties=ties)
-    expected = [
-        oracle_rank(row.tolist(), (ids_g == i).tolist(), ties) for row, i in zip(q @ g.T, ids_q, strict=True)
-    ]
+    expected = [oracle_rank(row.tolist(), (ids_g == i).tolist(), ties) for row, i in zip(q @ g.T, ids_q, strict=True)]
     assert ranks.tolist() == pytest.approx(expected)
     _, tied, best = similarity_rank_counts(q, g, (ids_q, ids_g))
     assert tied.max() > 1, "ties are wanted"
@@ -228,9 +218,7 @@ def test_similarity_ops_pass_opcheck(dtype: torch.dtype, route: str) -> None:
         pytest.skip("the reference is not an op")
     q, g = embeddings(6, 8, dtype), embeddings(9, 8, dtype, seed=1)
     torch.library.opcheck(torch.ops.diffgap.similarity_topk.default, (q, g, 4))
-    torch.library.opcheck(
-        torch.ops.diffgap.similarity_ranks.default, (q, g, torch.arange(6), torch.arange(9))
-    )
+    torch.library.opcheck(torch.ops.diffgap.similarity_ranks.default, (q, g, torch.arange(6), torch.arange(9)))
 
 
 Q, G, P = torch.zeros(4, 3), torch.zeros(6, 3), torch.arange(4)
