@@ -1,19 +1,24 @@
 """The command line: ``diffgap demo | train | eval | sample | import | doctor``.
 
-Exit status: 0 done; 1 the machine failed (disk full, out of memory ...); 2 bad input, said in one line on standard error;
-130 interrupted.
+Exit status: 0 done; 1 the machine failed (disk full, out of memory ...); 2 bad input; 130 interrupted. An error is one
+line on standard error that names what is wrong and how to put it right.
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import io
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 import tyro
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from tyro.conf import Positional, arg
 
 from diffgap.models.settings import BridgeSettings
 from diffgap.training.config import DataConfig, RunConfig, TrainConfig
@@ -21,8 +26,8 @@ from diffgap.training.config import DataConfig, RunConfig, TrainConfig
 if TYPE_CHECKING:
     from diffgap.training.trainer import TrainResult
 
-_console = Console()
-_Positional = tyro.conf.Positional
+Output: TypeAlias = Annotated[Positional[Path], arg(metavar="OUTPUT")]
+Run: TypeAlias = Annotated[Positional[Path], arg(metavar="RUN")]
 
 
 def _train(config: RunConfig, output: Path) -> TrainResult:
@@ -38,7 +43,8 @@ def _train(config: RunConfig, output: Path) -> TrainResult:
         TimeRemainingColumn(),
         TextColumn("{task.fields[losses]}"),
     )
-    with Progress(*columns, console=_console, disable=not sys.stderr.isatty()) as progress:
+    console = Console()
+    with Progress(*columns, console=console, disable=not sys.stderr.isatty()) as progress:
         task = progress.add_task("training", total=config.train.steps, losses="")
         score = ""
 
@@ -47,22 +53,22 @@ def _train(config: RunConfig, output: Path) -> TrainResult:
             if "val/score" in values:
                 score = f"validation R@5 {values['val/score']:.3f}"
                 if not sys.stderr.isatty():
-                    _console.print(f"step {step}: loss {values['loss']:.3f}, {score}")
+                    console.print(f"step {step}: loss {values['loss']:.3f}, {score}")
             shown = " ".join(f"{name} {values[name]:.3f}" for name in ("contrastive", "diffusion") if name in values)
             progress.update(task, completed=step, losses=f"{shown} {score}")
 
         store = load_data(config.data)
         result = Trainer(config, store, output, validate=validation_scores, report=report).train()
-    _console.print(
+    console.print(
         f"trained {result.step} steps; best validation R@5 {result.best_score:.3f} at step {result.best_step}; "
-        f"model in {output / 'model'}"
+        f"model in {escape(str(output / 'model'))}"
     )
     return result
 
 
 def _train_command(defaults: RunConfig) -> Callable[..., None]:
     def train(
-        output: _Positional[Path],
+        output: Output,
         config: Path | None = None,
         preset: Literal["recommended", "paper"] = "recommended",
         data: DataConfig = defaults.data,
@@ -85,7 +91,7 @@ def _train_command(defaults: RunConfig) -> Callable[..., None]:
 
 
 def evaluate(
-    runs: _Positional[tuple[Path, ...]],
+    runs: Annotated[Positional[tuple[Path, ...]], arg(metavar="RUN ...")],
     output: Path | None = None,
     split: Literal["val", "test"] = "test",
     baselines: bool = True,
@@ -103,25 +109,30 @@ def evaluate(
         seed: Seed of samples, baselines and bootstrap.
     """
     from diffgap.retrieval.evaluate import evaluate_runs
-    from diffgap.retrieval.report import terminal_table, write_report
+    from diffgap.retrieval.report import check_output, terminal_table, write_report
 
     if not runs:
         raise ValueError("runs is empty; name at least one run folder of `diffgap train`")
-    report = evaluate_runs(runs, split=split, with_baselines=baselines, replicates=bootstrap, seed=seed)
+    if bootstrap < 1:
+        raise ValueError(f"bootstrap is {bootstrap}; use 1 replicate or more, 1000 for intervals worth reading")
     folder = output or runs[0] / "eval"
+    check_output(folder)
+    report = evaluate_runs(runs, split=split, with_baselines=baselines, replicates=bootstrap, seed=seed)
     write_report(report, folder)
-    _console.print(terminal_table(report))
-    _console.print(f"report and plots in {folder}")
+    console = Console()
+    console.print(terminal_table(report))
+    console.print(f"report and plots in {escape(str(folder))}")
 
 
 def sample(
-    run: _Positional[Path],
-    source: _Positional[str],
-    target: _Positional[str],
-    output: _Positional[Path],
+    run: Run,
+    source: Annotated[Positional[str], arg(metavar="SOURCE")],
+    target: Annotated[Positional[str], arg(metavar="TARGET")],
+    output: Output,
     data: str = "",
     split: Literal["train", "val", "test", "all"] = "test",
     num_samples: int = 1,
+    frames: int | None = None,
     steps: int | None = None,
     solver: str | None = None,
     guidance_scale: float | None = None,
@@ -135,32 +146,39 @@ def sample(
         source: Modality to start from.
         target: Modality to sample, in the bridge's contrastive space (unit vectors).
         output: Folder of the new store; row i holds sample k of an input, its id "<id>#k".
-        data: Embedding store, or a .npy file of shape (N, D); the run's own data by default.
-        split: Rows of the store to bridge.
+        data: Embedding store, "stamps", or a .npy file of shape (N, D) or (N, T, D); the run's own data by default.
+        split: Rows of the store to bridge; a .npy file is taken whole.
         num_samples: Samples per embedding.
+        frames: Frames to sample of a sequence modality; the source's number if not given.
         steps: Sampling steps; the model's default if not given.
         solver: Solver; the model's default if not given.
         guidance_scale: Guidance, 1 is none; the model's default if not given.
         seed: Seed of the noise.
         overwrite: Replace an existing output.
     """
+    from diffgap.data.store import check_replaceable, write_store
     from diffgap.training.runs import bridge_embeddings
 
+    check_replaceable(output, overwrite=overwrite)
     store = bridge_embeddings(
         run, source, target, data=data, split=split, num_samples=num_samples, seed=seed,
-        steps=steps, solver=solver, guidance_scale=guidance_scale,
+        frames=frames, steps=steps, solver=solver, guidance_scale=guidance_scale,
     )  # fmt: skip
-    from diffgap.data.store import write_store
-
     write_store(output, store, overwrite=overwrite)
-    _console.print(f"{len(store)} {target} embeddings in {output}")
+    Console().print(f"{len(store)} {target} embeddings in {escape(str(output))}")
 
 
 def import_embeddings(
-    source: _Positional[Path],
-    output: _Positional[Path],
+    source: Annotated[Positional[Path], arg(metavar="SOURCE")],
+    output: Output,
     layout: Literal["npy", "clip-retrieval"] = "npy",
+    csv: Path | None = None,
+    id: str | None = None,
     group: str | None = None,
+    split: str | None = None,
+    fractions: tuple[float, float, float] | None = None,
+    split_seed: int = 0,
+    dtype: Literal["float32", "float16", "int8"] | None = None,
     overwrite: bool = False,
 ) -> None:
     """Turn embeddings you already have into an embedding store.
@@ -169,24 +187,42 @@ def import_embeddings(
         source: Folder to read: `npy` is one <modality>.npy each and a .csv, `clip-retrieval` its output folder.
         output: Folder of the new store.
         layout: How the source is laid out.
-        group: Column whose equal values mark rows that match one another (several captions of one clip).
+        csv: The .csv of the `npy` layout, one line a row; the one beside the .npy files by default.
+        id: Column of unique names; "id" if there is one, else the row number.
+        group: Column whose equal values mark rows that match one another (several captions of one clip); "group" if
+            there is one, else every row by itself.
+        split: Column of train, val and test; "split" if there is one.
+        fractions: Shares of train, val and test, by a hash of the group, instead of a column; 0.8 0.1 0.1 if there is
+            neither.
+        split_seed: Seed of that hash.
+        dtype: Number format of the store; float16 stays float16 and all else becomes float32 by default.
         overwrite: Replace an existing output.
     """
     from diffgap.data.importers import import_clip_retrieval, import_npy
 
-    importer = import_npy if layout == "npy" else import_clip_retrieval
-    store = importer(source, output, group=group, overwrite=overwrite)
-    _console.print(f"{store} in {output}")
+    if split is not None and fractions is not None:
+        raise ValueError("split and fractions were both given; name a column or give shares")
+    options: dict[str, Any] = {
+        "id": id, "group": group, "split": split if fractions is None else fractions,
+        "split_seed": split_seed, "dtype": dtype, "overwrite": overwrite,
+    }  # fmt: skip
+    if layout == "npy":
+        store = import_npy(source, output, csv=csv, **options)
+    elif csv is not None:
+        raise ValueError("csv belongs to layout 'npy'; the clip-retrieval layout has its own metadata")
+    else:
+        store = import_clip_retrieval(source, output, **options)
+    Console().print(f"{store} in {output}", markup=False)
 
 
 def doctor() -> None:
     """Versions, devices, the backend each op takes and why, and what to install for the rest."""
     from diffgap.doctor import show
 
-    show(_console)
+    show(Console())
 
 
-def demo(output: Path = Path("demo-run"), steps: int = 600, bootstrap: int = 500) -> None:
+def demo(output: Path = Path("demo-run"), steps: int = 1200, bootstrap: int = 500) -> None:
     """The main job on bundled real data: train a bridge between spoken words, text and images; retrieve; sample.
 
     Args:
@@ -216,28 +252,66 @@ def _requested_defaults(arguments: Sequence[str]) -> RunConfig:
     return RunConfig(bridge=BridgeSettings.preset(name))  # type: ignore[arg-type]
 
 
+def _deferred(command: Callable[..., None]) -> Callable[..., Callable[[], None]]:
+    """A command that gives back its call instead of making it, so that parsing ends before work begins."""
+
+    @functools.wraps(command)
+    def defer(*args: Any, **kwargs: Any) -> Callable[[], None]:
+        return functools.partial(command, *args, **kwargs)
+
+    return defer
+
+
+def _parse(arguments: Sequence[str]) -> Callable[[], None]:
+    """The call that the arguments ask for.
+
+    Raises:
+        ValueError: Arguments that are wrong, in one line where tyro draws a box of several.
+        SystemExit: Help was asked for, and shown.
+    """
+    training = arguments[:1] == ["train"] and not {"-h", "--help"} & set(arguments)
+    commands: dict[str, Callable[..., None]] = {
+        "demo": demo,
+        "train": _train_command(_requested_defaults(arguments) if training else RunConfig()),
+        "eval": evaluate,
+        "sample": sample,
+        "import": import_embeddings,
+        "doctor": doctor,
+    }
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            call: Callable[[], None] = tyro.extras.subcommand_cli_from_dict(
+                {name: _deferred(command) for name, command in commands.items()},
+                prog="diffgap",
+                description="Bridge text, video and audio embeddings: train, evaluate, sample.",
+                args=arguments,
+            )
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        drawn = str.maketrans(dict.fromkeys("\u2500\u2502\u256d\u256e\u2570\u256f", " "))
+        title, _, rest = complaint.getvalue().translate(drawn).strip().partition("\n")
+        said = rest.partition("For full helptext")[0].replace("__tyro-dummy-inner__.", "")
+        raise ValueError(f"{' '.join(said.split()) or title}; see diffgap {arguments[0]} --help") from None
+    return call
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of the ``diffgap`` command."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        training = arguments[:1] == ["train"] and not {"-h", "--help"} & set(arguments)
-        commands: dict[str, Callable[..., Any]] = {
-            "demo": demo,
-            "train": _train_command(_requested_defaults(arguments) if training else RunConfig()),
-            "eval": evaluate,
-            "sample": sample,
-            "import": import_embeddings,
-            "doctor": doctor,
-        }
-        tyro.extras.subcommand_cli_from_dict(
-            commands, prog="diffgap", description=__doc__.splitlines()[0] if __doc__ else None, args=arguments
-        )
+        _parse(arguments or ["--help"])()
     except (ValueError, TypeError, FileNotFoundError, FileExistsError, ModuleNotFoundError) as error:
-        print(f"diffgap: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
-    except (OSError, RuntimeError) as error:
-        print(f"diffgap: {' '.join(str(error).split())[:500]}", file=sys.stderr)
-        sys.exit(1)
+        _fail(error, 2)
+    except (OSError, RuntimeError, MemoryError) as error:
+        _fail(error, 1)
     except KeyboardInterrupt:
-        print("diffgap: interrupted; run the same command again to resume", file=sys.stderr)
+        resume = "; run the same command again to resume" if arguments[:1] in (["train"], ["demo"]) else ""
+        print(f"diffgap: interrupted{resume}", file=sys.stderr)
         sys.exit(130)
+
+
+def _fail(error: BaseException, status: int) -> None:
+    print(f"diffgap: {' '.join(str(error).split())[:600] or type(error).__name__}", file=sys.stderr)
+    sys.exit(status)

@@ -47,7 +47,7 @@ def _version(distribution: str) -> str | None:
 
 def _devices() -> list[Row]:
     rows = [
-        Row("cpu", f"{torch.get_num_threads()} threads", torch.backends.cpu.get_cpu_capability()),
+        Row("cpu", f"threads: {torch.get_num_threads()}", torch.backends.cpu.get_cpu_capability()),
     ]
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
@@ -55,7 +55,8 @@ def _devices() -> list[Row]:
         rows.append(Row(f"cuda:{index}", properties.name, f"{capability}, {properties.total_memory >> 30} GiB"))
     if not torch.cuda.is_available():
         built = torch.version.cuda
-        rows.append(Row("cuda", "none", f"torch is built for CUDA {built}, no device is visible" if built else "CPU build of torch"))
+        note = f"torch is built for CUDA {built}, no device is visible" if built else "torch is built without CUDA"
+        rows.append(Row("cuda", "none", note))
     return rows
 
 
@@ -67,11 +68,14 @@ def diagnose() -> dict[str, list[Row]]:
         Row("torch", torch.__version__, ""),
         Row("numpy", _version("numpy") or "missing", ""),
     ]
-    extensions = [
-        Row("C++ CPU kernels", "missing" if _native.CPU_MISSING else "loaded", _native.CPU_MISSING or ""),
-        Row("CUDA kernels", "missing" if _native.CUDA_MISSING else "loaded", _native.CUDA_MISSING or ""),
+    missing = {"C++ CPU kernels": _native.CPU_MISSING, "CUDA kernels": _native.CUDA_MISSING}
+    extensions = [Row(name, "missing" if why else "loaded", why or "") for name, why in missing.items()]
+    # What is wrong with an extension is said once, not again at each of its ops.
+    known = {why: f"{name} missing, see above" for name, why in missing.items() if why}
+    choices = [
+        Row(choice.op, f"{choice.device}: {choice.backend}", known.get(choice.reason, choice.reason))
+        for choice in ops.explain()
     ]
-    choices = [Row(choice.op, f"{choice.device}: {choice.backend}", choice.reason) for choice in ops.explain()]
     optional = []
     for distribution, (purpose, fix) in OPTIONAL.items():
         found = _version(distribution)
@@ -92,5 +96,5 @@ def show(console: Console) -> None:
         table.add_section()
         table.add_row(f"[bold]{section}[/bold]", "", "")
         for row in rows:
-            table.add_row(f"  {row.what}", row.state, escape(row.note))
+            table.add_row(*(escape(text) for text in (f"  {row.what}", row.state, row.note)))
     console.print(table)

@@ -10,6 +10,7 @@ arXiv 2503.12131. With z_m the projected unit embedding of modality m, and s the
 """
 
 import contextlib
+import inspect
 import io
 import json
 import math
@@ -95,7 +96,8 @@ class DiffGAP(nn.Module, PyTorchModelHubMixin, library_name="diffgap", license="
         Raises:
             ValueError: A modality is missing, of another width, or of another number of rows; or there are no rows.
         """
-        if set(embeddings) != set(self.modalities) or len({len(x) for x in embeddings.values()}) != 1:
+        rows = {len(x) for x in embeddings.values()}
+        if set(embeddings) != set(self.modalities) or len(rows) != 1 or 0 in rows:
             shapes = ", ".join(f"{name} {tuple(x.shape)}" for name, x in embeddings.items())
             raise ValueError(f"fit needs paired rows of {', '.join(self.modalities)}; got {shapes or 'nothing'}")
         flat = {}
@@ -364,12 +366,18 @@ def _evaluating(module: nn.Module) -> Iterator[None]:
         module.train(was_training)
 
 
+#: Modalities are passed to these methods by name, beside their options.
+_RESERVED = {*inspect.signature(DiffGAP.sample).parameters, *inspect.signature(DiffGAP.score).parameters} - {"sources"}
+
+
 def _check_modalities(modalities: Mapping[str, int], settings: BridgeSettings, sequences: Sequence[str]) -> None:
     if len(modalities) < 2:
         raise ValueError(f"modalities has {len(modalities)} entries; a bridge needs two or more, e.g. audio and text")
     for name, dim in modalities.items():
-        if not name.isidentifier():
-            raise ValueError(f"modality name {name!r} is no identifier; use letters, digits and underscores")
+        if not name.isidentifier() or name in _RESERVED:
+            raise ValueError(
+                f"modality name {name!r} is no identifier or an option of sample(); use letters and digits"
+            )
         if dim < 1:
             raise ValueError(f"modality {name!r} has width {dim}; use 1 or more")
         if settings.head == "identity" and dim != settings.width:

@@ -70,9 +70,7 @@ def validation_mrr(x: Tensor, y: Tensor, ids: Ids | None = None) -> float:
 class LinearBaseline:
     """The best on validation of the maps that ``candidates(x_train, y_train)`` gives (_linear_maps)."""
 
-    def __init__(
-        self, candidates: Callable[[Floats, Floats], Iterator[Candidate]], *, centre: bool = True
-    ) -> None:
+    def __init__(self, candidates: Callable[[Floats, Floats], Iterator[Candidate]], *, centre: bool = True) -> None:
         self._candidates, self._centre = candidates, centre
         self._maps: tuple[tuple[Tensor, Tensor | None], ...] = ()
         self.choice: dict[str, float] = {}
@@ -224,20 +222,14 @@ def _checked(
     for split, x, y in (("train", x_train, y_train), ("val", x_val, y_val)):
         for side, rows, like in (("x", x, x_train), ("y", y, y_train)):
             if rows.dim() != 2 or rows.shape[1] != like.shape[1]:
-                raise ValueError(
-                    f"{side}_{split} must be (n, D) pooled vectors of one width; got {tuple(rows.shape)}"
-                )
+                raise ValueError(f"{side}_{split} must be (n, D) pooled vectors of one width; got {tuple(rows.shape)}")
             if not rows.isfinite().all():
                 raise ValueError(f"{side}_{split} holds NaN or infinite values; drop those rows")
         if len(x) != len(y) or not len(x):
-            raise ValueError(
-                f"x_{split} and y_{split} must be pairs, at least one; got {len(x)} and {len(y)} rows"
-            )
+            raise ValueError(f"x_{split} and y_{split} must be pairs, at least one; got {len(x)} and {len(y)} rows")
     ids = torch.arange(len(x_val)) if val_ids is None else torch.as_tensor(val_ids)
     if ids.shape != (len(x_val),):
-        raise ValueError(
-            f"val_ids has shape {tuple(ids.shape)}; expected ({len(x_val)},), one a validation pair"
-        )
+        raise ValueError(f"val_ids has shape {tuple(ids.shape)}; expected ({len(x_val)},), one a validation pair")
     kept = torch.linspace(0, len(x_val) - 1, min(len(x_val), _VALIDATION_ROWS)).long()
     tensors = (x_train, y_train, x_val[kept], y_val[kept])
     a, b, c, d = (normalize(t.detach().cpu().float(), dim=1) for t in tensors)

@@ -96,8 +96,7 @@ def unpaired_bootstrap(
     clusters = _by_group("a", a, groups_a), _by_group("b", b, groups_b)
     estimate = [sums.sum() / counts.sum() for sums, counts in clusters]
     means = [
-        _resampled_means(sums, counts, resamples, [seed, number])
-        for number, (sums, counts) in enumerate(clusters)
+        _resampled_means(sums, counts, resamples, [seed, number]) for number, (sums, counts) in enumerate(clusters)
     ]
     return _interval(estimate[0] - estimate[1], means[0] - means[1], confidence)
 

@@ -1,14 +1,14 @@
 """How far apart two modalities lie: the modality gap, before and after bridging.
 
-For unit rows a_i, b_i of N pairs:
+For unit rows a_i, b_i of N pairs and the distance d = 1 - cosine:
 
-    centroid distance      |mean(a) - mean(b)|                      "Mind the Gap" (NeurIPS 2022) paired
-    cosine          mean_i <a_i, b_i> unpaired cosine        mean <a_i, b_j> over pairs i, j of different
-    groups relative gap           d(a_i, b_i) / (mean distance within a modality + d(a_i, b_i)), d = 1 - cos;
-    0.5 where a partner is
-                           as far as a random row of its own modality ("Two Effects, One Trigger", ICLR 2025)
-    linear separability    cross-validated accuracy of a logistic regression that tells a from b; 0.5 means no
-    gap it can see
+    centroid distance      |mean(a) - mean(b)|                         "Mind the Gap" (NeurIPS 2022)
+    paired cosine          mean_i <a_i, b_i>
+    unpaired cosine        mean <a_i, b_j> over pairs of different groups
+    relative gap           d(a_i, b_i) / (mean d within a modality + d(a_i, b_i)); 0.5 where a partner is as far as a
+                           random row of its own modality              "Two Effects, One Trigger" (ICLR 2025)
+    linear separability    cross-validated accuracy of a logistic regression that tells a from b; 0.5 means no gap
+                           that it can see
 """
 
 from __future__ import annotations
@@ -53,9 +53,7 @@ def modality_gap(
     if codes.shape != (len(a),):
         raise ValueError(f"groups has shape {codes.shape}; expected ({len(a)},), one a pair")
     if folds < 2 or len(np.unique(codes)) < folds:
-        raise ValueError(
-            f"folds={folds} needs 2 folds or more and as many groups; got {len(np.unique(codes))}"
-        )
+        raise ValueError(f"folds={folds} needs 2 folds or more and as many groups; got {len(np.unique(codes))}")
     if not (a.isfinite().all() and b.isfinite().all()):
         raise ValueError("a or b holds NaN or infinite values; drop those rows")
     a, b = (normalize(t.detach().cpu().double(), dim=1) for t in (a, b))

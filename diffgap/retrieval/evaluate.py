@@ -1,9 +1,9 @@
 """Evaluation of trained bridges: retrieval in every direction, beside every baseline, with intervals.
 
 A direction "text -> audio" has the distinct text embeddings of the split as queries, its distinct audio embeddings as
-gallery, and rows of equal group as positives. All choices (hyper-parameters of baselines, fusion weight) are made on the
-validation split. Several runs, one per split seed, are pooled: an estimate is the mean over the queries of all runs, and
-its interval resamples concepts.
+gallery, and rows of equal group as positives. All choices (hyper-parameters of baselines, fusion weight) are made on
+the validation split. Several runs, one per split seed, are pooled: an estimate is the mean over the queries of all
+runs, and its interval resamples concepts. Sequences are pooled over their frames.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations, permutations
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,10 +21,12 @@ from torch import Tensor
 from diffgap.data.store import EmbeddingStore
 from diffgap.models.bridge import DiffGAP
 from diffgap.models.scoring import Encoded, Scoring, score_features
+from diffgap.ops.solver_step import StepOutput
 from diffgap.retrieval.baselines import Baseline, make_baselines, validation_mrr
 from diffgap.retrieval.bootstrap import Interval, bootstrap, paired_bootstrap
 from diffgap.retrieval.diagnostics import ModalityGap, modality_gap
 from diffgap.retrieval.metrics import METRICS, per_query_metrics, positive_ranks
+from diffgap.training.config import DataConfig
 from diffgap.training.runs import load_data, load_run
 
 #: Fusion weights tried on validation data; 0 is the plain cosine.
@@ -35,10 +37,18 @@ SCORINGS: dict[str, Scoring] = {"heads (cosine)": "cosine", "bridge": "bridge", 
 
 
 class Items(NamedTuple):
-    """Distinct embeddings of one modality and the group of each."""
+    """Distinct embeddings of one modality, the group of each, and the frames of each where it is a sequence."""
 
     embeddings: Tensor
     groups: np.ndarray
+    lengths: Tensor | None = None
+
+    def pooled(self) -> Tensor:
+        """(N, D): the mean over the frames of each sequence, a vector as it is."""
+        if self.lengths is None:
+            return self.embeddings
+        here = torch.arange(self.embeddings.shape[1]) < self.lengths[:, None]
+        return (self.embeddings * here[..., None]).sum(1) / self.lengths[:, None]
 
 
 class Scores(NamedTuple):
@@ -87,10 +97,11 @@ class Report:
     trajectory: dict[str, list[float]] = field(default_factory=dict)
 
 
-def items(store: EmbeddingStore, modality: str) -> Items:
-    """The distinct embeddings of a modality, with the group of the first row that holds each."""
-    rows = store.unique_rows(modality)
-    return Items(store.embeddings(modality, rows), store.column("group")[rows].astype(str))
+def items(store: EmbeddingStore, modality: str, rows: np.ndarray | None = None) -> Items:
+    """Embeddings of index rows; by default the distinct ones, each with the group of the first row that holds it."""
+    rows = store.unique_rows(modality) if rows is None else rows
+    groups = store.column("group")[rows].astype(str)
+    return Items(store.embeddings(modality, rows), groups, store.lengths(modality, rows))
 
 
 def codes(*groups: np.ndarray) -> list[Tensor]:
@@ -115,16 +126,33 @@ def validation_scores(model: DiffGAP, store: EmbeddingStore) -> dict[str, float]
     Few samples and steps: a validation that costs little, for choosing the step, not for reporting.
     """
     found: dict[str, list[float]] = {"score": [], "cosine": []}
-    for query, gallery in permutations(model.modalities, 2):
-        sides = items(store, query), items(store, gallery)
-        encoded = [
-            model.encode(name, side.embeddings, other, num_samples=4, steps=4)
-            for name, side, other in ((query, sides[0], gallery), (gallery, sides[1], query))
-        ]
-        for name, scoring in (("score", "fusion"), ("cosine", "cosine")):
-            features = score_features(*encoded, scoring)  # type: ignore[arg-type]
-            found[name].append(float(rank(*features, sides[0].groups, sides[1].groups).values["R@5"].mean()))
+    scorings: dict[str, Scoring] = {"score": "fusion", "cosine": "cosine"}
+    for pair in combinations(model.modalities, 2):
+        sides = {name: items(store, name) for name in pair}
+        encoded = encode_pair(model, sides, num_samples=4, steps=4)
+        for query, gallery in permutations(pair):
+            for name, scoring in scorings.items():
+                features = score_features(encoded[query], encoded[gallery], scoring)
+                scores = rank(*features, sides[query].groups, sides[gallery].groups)
+                found[name].append(float(scores.values["R@5"].mean()))
     return {name: sum(values) / len(values) for name, values in found.items()}
+
+
+def encode_pair(model: DiffGAP, sides: Mapping[str, Items], **options: Any) -> dict[str, Encoded]:
+    """Both sides of a pair of modalities, each bridged to the other; options as in :meth:`DiffGAP.translate`."""
+    a, b = sides
+    return {
+        name: model.encode(
+            name, sides[name].embeddings, other, **_sequence_options(model, sides, name, other), **options
+        )
+        for name, other in ((a, b), (b, a))
+    }
+
+
+def _sequence_options(model: DiffGAP, sides: Mapping[str, Items], source: str, target: str) -> dict[str, Any]:
+    """What sampling needs to know of sequences: how many frames the sources have and the samples are to have."""
+    frames = sides[target].embeddings.shape[1] if target in model.sequences else None
+    return {"frames": frames, "lengths": sides[source].lengths}
 
 
 def evaluate_runs(
@@ -139,13 +167,18 @@ def evaluate_runs(
 
     Raises:
         FileNotFoundError: A folder holds no trained run.
-        ValueError: The runs bridge different modalities, or a split is empty.
+        ValueError: The runs differ in their model or data, or a split is empty.
     """
     loaded = [(path, *load_run(path)) for path in runs]
-    modalities = loaded[0][1].modalities
-    for path, model, _ in loaded:
-        if model.modalities != modalities:
-            raise ValueError(f"{path} bridges {', '.join(model.modalities)}, {runs[0]} {', '.join(modalities)}; evaluate them apart")
+    modalities, first_config = loaded[0][1].modalities, loaded[0][2]
+    for path, _, config in loaded[1:]:
+        own = [
+            name
+            for name in config.differences(first_config)
+            if not name.startswith("train.") and name != "data.split_seed"
+        ]
+        if own:
+            raise ValueError(f"{path} and {runs[0]} differ in {', '.join(own[:3])}; evaluate them apart")
     settings = loaded[0][1].settings
     report = Report(
         [path.name for path in runs],
@@ -159,12 +192,15 @@ def evaluate_runs(
         },
     )
     pooled: dict[str, dict[str, list[Scores]]] = {}
+    baselines: dict[DataConfig, dict[str, dict[str, Scores]]] = {}
     for number, (_, model, config) in enumerate(loaded):
         store = load_data(config.data)
         parts = {name: store.split(name) for name in ("train", "val", split)}
         methods = _bridge_scores(model, parts["val"], parts[split], report, seed, first=number == 0)
         if with_baselines:
-            methods |= _baseline_scores(modalities, parts, split, seed)
+            if config.data not in baselines:
+                baselines[config.data] = _baseline_scores(modalities, parts, split, seed)
+            methods |= baselines[config.data]
         for method, by_direction in methods.items():
             for direction, scores in by_direction.items():
                 pooled.setdefault(method, {}).setdefault(direction, []).append(scores)
@@ -179,7 +215,7 @@ def _bridge_scores(
     found: dict[str, dict[str, Scores]] = {name: {} for name in SCORINGS}
     for a, b in combinations(model.modalities, 2):
         val_sides, test_sides = ({name: items(part, name) for name in (a, b)} for part in (val, test))
-        val_encoded, encoded = (_encode_pair(model, sides, seed) for sides in (val_sides, test_sides))
+        val_encoded, encoded = (encode_pair(model, sides, seed=seed) for sides in (val_sides, test_sides))
         for query, gallery in ((a, b), (b, a)):
             name = f"{query} -> {gallery}"
             alpha = _choose_alpha(val_encoded, val_sides, query, gallery)
@@ -189,18 +225,11 @@ def _bridge_scores(
                 features = score_features(encoded[query], encoded[gallery], scoring, alpha)
                 found[method][name] = rank(*features, *groups)
             direction = report.directions.setdefault(name, Direction(query, gallery))
-            direction.queries.append(len(groups[0]))
+            direction.queries.append(len(found["bridge"][name].groups))
             direction.gallery_sizes.append(len(groups[1]))
             if first:
                 _describe(report, model, name, encoded, test_sides, query, gallery, seed)
     return found
-
-
-def _encode_pair(model: DiffGAP, sides: Mapping[str, Items], seed: int) -> dict[str, Encoded]:
-    a, b = sides
-    return {
-        name: model.encode(name, sides[name].embeddings, other, seed=seed) for name, other in ((a, b), (b, a))
-    }
 
 
 def _choose_alpha(encoded: Mapping[str, Encoded], sides: Mapping[str, Items], query: str, gallery: str) -> float:
@@ -225,23 +254,28 @@ def _describe(
 ) -> None:
     """The gap before and after bridging the queries, and the trajectory of one sample each."""
     pairs = list(_pairs(sides[query].groups, sides[gallery].groups))
+    if len(pairs) < 2:
+        raise ValueError(f"{name}: the split has {len(pairs)} group with both; retrieval needs two or more")
     q, g = (torch.tensor(side) for side in zip(*pairs, strict=True))
     own, bridged, target = encoded[query].own[q], encoded[query].bridged[q], encoded[gallery].own[g]
-    groups = sides[query].groups[q]
-    report.gaps[name] = (
-        modality_gap(own, target, groups, seed=seed),
-        modality_gap(bridged, target, groups, seed=seed),
-    )
+    groups, folds = sides[query].groups[q], min(5, len(pairs))
+    before, after = (modality_gap(x, target, groups, folds=folds, seed=seed) for x in (own, bridged))
+    report.gaps[name] = (before, after)
     report.embeddings[name] = (own, bridged, target)
     cosines: list[float] = []
 
-    def follow(_: int, step: object) -> None:
-        estimate = model.diffusion.scaler(gallery).unscale(step.x0)  # type: ignore[attr-defined]
+    def follow(_: int, step: StepOutput) -> None:
+        estimate = model.diffusion.scaler(gallery).unscale(step.x0)
+        estimate = estimate.mean(1) if estimate.dim() == 3 else estimate
         cosines.append(float(torch.cosine_similarity(estimate, target, dim=-1).mean()))
 
-    model.sample(
-        gallery, seed=seed, callback=follow, batch_size=len(q), **{query: sides[query].embeddings[q]}
-    )
+    chosen = {
+        name: Items(side.embeddings[rows], side.groups[rows], None if side.lengths is None else side.lengths[rows])
+        for (name, side), rows in zip(((query, sides[query]), (gallery, sides[gallery])), (q, g), strict=True)
+    }
+    options = _sequence_options(model, chosen, query, gallery)
+    options[query] = chosen[query].embeddings
+    model.sample(gallery, seed=seed, callback=follow, batch_size=len(q), **options)
     report.trajectory[name] = cosines
 
 
@@ -258,17 +292,14 @@ def _pairs(query_groups: np.ndarray, gallery_groups: np.ndarray) -> Iterator[tup
 def _baseline_scores(
     modalities: Sequence[str], parts: Mapping[str, EmbeddingStore], split: str, seed: int
 ) -> dict[str, dict[str, Scores]]:
-    """Scores of every baseline in both directions of every pair of modalities.
-
-    A regression may run either way; the way with the better validation MRR serves both directions.
-    """
+    """Scores of every baseline in both directions of every pair of modalities."""
     found: dict[str, dict[str, Scores]] = {}
     for a, b in combinations(modalities, 2):
         sides = {name: items(parts[split], name) for name in (a, b)}
         for name, (x, y, baseline) in _fitted(a, b, parts, seed).items():
             space = {
-                x: baseline.encode_x(sides[x].embeddings),
-                y: baseline.encode_y(sides[y].embeddings),
+                x: baseline.encode_x(sides[x].pooled()),
+                y: baseline.encode_y(sides[y].pooled()),
             }
             for query, gallery in ((a, b), (b, a)):
                 scores = rank(space[query], space[gallery], sides[query].groups, sides[gallery].groups)
@@ -276,21 +307,37 @@ def _baseline_scores(
     return found
 
 
-def _fitted(
-    a: str, b: str, parts: Mapping[str, EmbeddingStore], seed: int
-) -> dict[str, tuple[str, str, Baseline]]:
-    """By name, the modality taken as x, that taken as y, and the fitted baseline."""
-    best: dict[str, tuple[float, str, str, Baseline]] = {}
-    train, val = (part.select(part.present(a, b)) for part in (parts["train"], parts["val"]))
-    ids = val.group_ids()
-    for x, y in ((a, b), (b, a)):
-        for name, baseline in make_baselines(train.dim(x), train.dim(y), seed).items():
-            pairs = (train.embeddings(x), train.embeddings(y), val.embeddings(x), val.embeddings(y))
-            baseline.fit(*pairs, ids)
-            score = validation_mrr(baseline.encode_x(pairs[2]), baseline.encode_y(pairs[3]), ids)
-            if name not in best or score > best[name][0]:
-                best[name] = (score, x, y, baseline)
-    return {name: (x, y, baseline) for name, (_, x, y, baseline) in best.items()}
+def _fitted(a: str, b: str, parts: Mapping[str, EmbeddingStore], seed: int) -> dict[str, tuple[str, str, Baseline]]:
+    """By name, the modality taken as x, that taken as y, and the fitted baseline.
+
+    A regression may run either way. The way in which ridge has the better validation MRR serves every baseline and both
+    directions: the MLP agrees with it, and the others are the same either way.
+    """
+    pairs = {name: _distinct_pairs(parts[name], a, b) for name in ("train", "val")}
+    rows = {
+        (name, side): items(pairs[name], side, np.arange(len(pairs[name]))).pooled()
+        for name in pairs
+        for side in (a, b)
+    }
+    ids = pairs["val"].group_ids()
+
+    def fit(name: str, x: str, y: str) -> tuple[float, str, str, Baseline]:
+        baseline = make_baselines(rows["train", x].shape[1], rows["train", y].shape[1], seed)[name]
+        baseline.fit(rows["train", x], rows["train", y], rows["val", x], rows["val", y], ids)
+        encoded = baseline.encode_x(rows["val", x]), baseline.encode_y(rows["val", y])
+        return validation_mrr(*encoded, ids), x, y, baseline
+
+    ridge = max((fit("ridge", *way) for way in ((a, b), (b, a))), key=lambda found: found[0])
+    names = make_baselines(rows["train", a].shape[1], rows["train", b].shape[1], seed)
+    fitted = {name: ridge if name == "ridge" else fit(name, *ridge[1:3]) for name in names}
+    return {name: (x, y, baseline) for name, (_, x, y, baseline) in fitted.items()}
+
+
+def _distinct_pairs(part: EmbeddingStore, a: str, b: str) -> EmbeddingStore:
+    """The rows that have both modalities, one for each pair of embeddings."""
+    present = part.present(a, b)
+    pairs = np.stack((part.rows(a)[present], part.rows(b)[present]), axis=1)
+    return part.select(present[np.sort(np.unique(pairs, axis=0, return_index=True)[1])])
 
 
 def _summarise(report: Report, pooled: Mapping[str, Mapping[str, list[Scores]]], replicates: int, seed: int) -> None:

@@ -79,9 +79,7 @@ def positive_ranks(
     return _sorted_ranks(above.cpu(), tied.cpu(), pairs, column, len(queries), ties)
 
 
-def positive_ranks_from_scores(
-    scores: Tensor, query_ids: Ids, gallery_ids: Ids, *, ties: Ties = "strict"
-) -> Tensor:
+def positive_ranks_from_scores(scores: Tensor, query_ids: Ids, gallery_ids: Ids, *, ties: Ties = "strict") -> Tensor:
     """``positive_ranks`` of a given (N, M) score matrix, higher is better."""
     _check_ties(ties)
     if scores.dim() != 2:
@@ -120,9 +118,7 @@ def retrieval_metrics(ranks: Tensor) -> dict[str, float]:
     return {**means, "MedR": float(best.quantile(0.5)), "MeanR": float(best.mean())}
 
 
-def caption_retrieval(
-    audio: Tensor, text: Tensor, clip: Ids, *, ties: Ties = "strict"
-) -> dict[str, dict[str, float]]:
+def caption_retrieval(audio: Tensor, text: Tensor, clip: Ids, *, ties: Ties = "strict") -> dict[str, dict[str, float]]:
     """The AudioCaps/Clotho protocol: (N, D) clips, (C, D) captions, each caption with the row of its clip.
 
     Returns ``retrieval_metrics`` under "text_to_audio" (every caption a query, N in the gallery) and

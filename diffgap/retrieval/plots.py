@@ -3,32 +3,27 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import matplotlib
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 
 from diffgap.retrieval.evaluate import Report
 
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # after the choice of backend
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
+# Figures without pyplot: no window, and the caller's own choice of backend stays.
 _COLOURS = {"baseline": "#9aa5b1", "heads (cosine)": "#4c78a8", "bridge": "#f2a154", "bridge + cosine": "#d1495b"}
 
 
 def _save(figure: Figure, path: Path) -> None:
     figure.savefig(path, dpi=130, bbox_inches="tight")
-    plt.close(figure)
 
 
 def _grid(count: int, width: float, height: float) -> tuple[Figure, list[Any]]:
     columns = min(3, count)
     rows = -(-count // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(width * columns, height * rows), squeeze=False)
+    figure = Figure(figsize=(width * columns, height * rows))
+    axes = figure.subplots(rows, columns, squeeze=False)
     for axis in axes.flat[count:]:
         axis.set_visible(False)
     return figure, list(axes.flat[:count])
@@ -81,7 +76,8 @@ def gap(report: Report, path: Path) -> None:
 
 def trajectory(report: Report, path: Path) -> None:
     """Mean cosine of the denoised estimate with its true pair after each sampling step."""
-    figure, axis = plt.subplots(figsize=(5.6, 3.6))
+    figure = Figure(figsize=(5.6, 3.6))
+    axis = figure.subplots()
     for name, cosines in report.trajectory.items():
         axis.plot(range(1, len(cosines) + 1), cosines, marker="o", ms=3.5, lw=1.4, label=name)
     axis.set_xlabel("sampling step")
@@ -90,5 +86,3 @@ def trajectory(report: Report, path: Path) -> None:
     axis.legend(fontsize=8, frameon=False)
     axis.spines[["top", "right"]].set_visible(False)
     _save(figure, path)
-
-

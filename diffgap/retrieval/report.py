@@ -61,7 +61,8 @@ def markdown(report: Report) -> str:
     lines = [f"# Retrieval on the {report.split} split", ""]
     lines += [f"Runs: {', '.join(report.runs)}. " + "; ".join(f"{k} {v}" for k, v in report.settings.items()) + ".", ""]
     lines += [
-        "Percent with 95% intervals (bootstrap over concepts, queries of all runs pooled); strict ranks, ties count against.",
+        "Percent with 95% intervals (bootstrap over concepts, queries of all runs pooled). Strict ranks: a tie counts "
+        "against the method.",
         "",
     ]
     for name, direction in report.directions.items():
@@ -113,19 +114,28 @@ def as_json(report: Report) -> dict[str, Any]:
     }
 
 
+def check_output(folder: Path) -> None:
+    """Whether a report may go to ``folder``: nothing is there, or an earlier report.
+
+    Raises:
+        FileExistsError: Something else is there.
+    """
+    if folder.exists() and not (folder / "report.json").is_file():
+        raise FileExistsError(f"{folder} exists and is not a report; choose another output folder")
+
+
 def write_report(report: Report, folder: Path) -> None:
-    """Write report.md, report.json and the plots to ``folder``, replacing an earlier report there.
+    """Write report.md, report.json and the plots to ``folder``, whole or not at all, replacing an earlier report there.
 
     Raises:
         FileExistsError: ``folder`` exists and is not a report.
     """
     from diffgap.retrieval import plots
 
-    if folder.exists() and not (folder / "report.json").is_file():
-        raise FileExistsError(f"{folder} exists and is not a report; choose another output folder")
+    check_output(folder)
     with atomic_folder(folder, overwrite=True) as temporary:
-        (temporary / "report.md").write_text(markdown(report))
-        (temporary / "report.json").write_text(json.dumps(as_json(report), indent=1))
+        (temporary / "report.md").write_text(markdown(report), encoding="utf-8")
+        (temporary / "report.json").write_text(json.dumps(as_json(report), indent=1), encoding="utf-8")
         plots.recall(report, temporary / "recall.png")
         plots.gap(report, temporary / "gap.png")
         plots.trajectory(report, temporary / "trajectory.png")

@@ -1,10 +1,10 @@
 """Training state on disk: safetensors and JSON, written whole or not at all.
 
-    checkpoints/step-00000500/
-        model.safetensors       the weights being trained
-        ema.safetensors         their exponential moving average
-        optimizer.safetensors   one entry per parameter and buffer of the optimizer, "<parameter index>.<name>"
-        state.json              step, best validation score, loss scale
+checkpoints/step-00000500/
+    model.safetensors       the weights being trained
+    ema.safetensors         their exponential moving average
+    optimizer.safetensors   one entry per parameter and buffer of the optimizer, "<parameter index>.<name>"
+    state.json              step, best validation score, loss scale
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from diffgap._files import atomic_folder
+from diffgap._files import atomic_folder, remove_leftovers
 
 _PREFIX = "step-"
 
@@ -41,10 +41,17 @@ def save(
         save_file(_owned(model.state_dict()), temporary / "model.safetensors")
         save_file(_owned(ema.state_dict()), temporary / "ema.safetensors")
         save_file(_owned(_flatten(optimizer)), temporary / "optimizer.safetensors")
-        (temporary / "state.json").write_text(json.dumps({"step": step, **state}, indent=1))
-    for old in _all(folder)[:-keep]:
-        shutil.rmtree(old)
+        (temporary / "state.json").write_text(json.dumps({"step": step, **state}, indent=1), encoding="utf-8")
+    prune(folder, keep=keep)
     return target
+
+
+def prune(folder: Path, *, keep: int = 2) -> None:
+    """Delete all but the newest ``keep`` checkpoints, and what a killed process left half deleted or half written."""
+    remove_leftovers(folder)
+    for old in _all(folder)[:-keep]:
+        # Under a temporary name first, so that a kill in between never leaves half a checkpoint under its own.
+        shutil.rmtree(old.rename(old.with_name(f".{old.name}.tmp-old")))
 
 
 def latest(folder: Path) -> Path | None:
@@ -53,10 +60,8 @@ def latest(folder: Path) -> Path | None:
     return found[-1] if found else None
 
 
-def load(
-    checkpoint: Path, *, model: nn.Module, ema: nn.Module, optimizer: torch.optim.Optimizer
-) -> dict[str, Any]:
-    """Restore model, average and optimizer in place; return the saved ``state``.
+def load(checkpoint: Path, *, model: nn.Module, ema: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Restore model, average and optimizer in place; return the saved ``state``, with "step".
 
     Raises:
         ValueError: A file is missing, damaged, or belongs to another configuration.
@@ -65,7 +70,7 @@ def load(
         model.load_state_dict(load_file(checkpoint / "model.safetensors"))
         ema.load_state_dict(load_file(checkpoint / "ema.safetensors"))
         _unflatten(optimizer, load_file(checkpoint / "optimizer.safetensors"))
-        state: dict[str, Any] = json.loads((checkpoint / "state.json").read_text())
+        state: dict[str, Any] = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
     except (OSError, SafetensorError, RuntimeError, KeyError, json.JSONDecodeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import yaml
 
+from diffgap._files import atomic_file
 from diffgap.models.settings import BridgeSettings
+
+Precision = Literal["no", "bf16", "fp16"]
 
 
 @dataclass(frozen=True)
@@ -37,7 +41,9 @@ class TrainConfig:
     gradient_accumulation: int = 1
     """Micro-batches in one step. The contrastive loss sees the negatives of one micro-batch."""
     learning_rate: float = 1e-3
+    """Learning rate after the warm-up."""
     weight_decay: float = 0.05
+    """AdamW's decay of weight matrices, in units of the learning rate; biases and gains have none."""
     warmup_steps: int = 100
     """Steps of linear warm-up."""
     max_grad_norm: float = 1.0
@@ -52,7 +58,8 @@ class TrainConfig:
     """Steps between checkpoints."""
     seed: int = 0
     """Fixes the weights, the order of the rows, the timesteps and all noise."""
-    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    mixed_precision: Precision = "no"
+    """Precision of the forward pass; the weights stay float32. fp16 needs a GPU."""
     trackers: tuple[str, ...] = ()
     """Experiment trackers of accelerate to log to besides metrics.jsonl, e.g. tensorboard or wandb."""
 
@@ -69,6 +76,17 @@ class TrainConfig:
             raise ValueError(f"train.ema_decay is {self.ema_decay}; use a value in [0, 1)")
         if self.learning_rate <= 0:
             raise ValueError(f"train.learning_rate is {self.learning_rate}; use a positive value")
+        if self.max_grad_norm <= 0:
+            raise ValueError(f"train.max_grad_norm is {self.max_grad_norm}; use a positive value, 1e9 for no clipping")
+        for name in ("warmup_steps", "weight_decay", "patience"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"train.{name} is {getattr(self, name)}; use 0 or more")
+        if not -(2**63) <= self.seed < 2**63:
+            raise ValueError(f"train.seed is {self.seed}; use a 64-bit integer")
+        if self.mixed_precision not in get_args(Precision):
+            raise ValueError(
+                f"train.mixed_precision is {self.mixed_precision!r}; use one of {', '.join(get_args(Precision))}"
+            )
 
 
 @dataclass(frozen=True)
@@ -80,23 +98,25 @@ class RunConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
 
     def save(self, path: Path) -> None:
-        """Write as YAML."""
+        """Write as YAML, whole or not at all."""
         # A round trip through lists, because YAML has no tuples.
-        path.write_text(yaml.safe_dump(_plain(dataclasses.asdict(self)), sort_keys=False))
+        text = yaml.safe_dump(_plain(dataclasses.asdict(self)), sort_keys=False)
+        with atomic_file(path) as temporary:
+            temporary.write_text(text, encoding="utf-8")
 
     @classmethod
     def load(cls, path: Path) -> RunConfig:
         """Read YAML; fields left out keep their defaults.
 
         Raises:
-            ValueError: Not YAML, or a field that does not exist.
+            ValueError: Not YAML, a field that does not exist, or a value of another type.
             FileNotFoundError: No such file.
         """
         if not path.is_file():
             raise FileNotFoundError(f"config file {path} does not exist")
         try:
-            content = yaml.safe_load(path.read_text()) or {}
-        except yaml.YAMLError as error:
+            content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise ValueError(f"{path} is not YAML ({' '.join(str(error).split())[:120]})") from error
         return _build(cls, content, str(path))
 
@@ -122,15 +142,38 @@ def _leaves(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def _build(cls: Any, content: Any, where: str) -> Any:
     if not isinstance(content, dict):
         raise ValueError(f"{where}: expected a mapping of fields, got {type(content).__name__}")
-    known = {f.name: f for f in dataclasses.fields(cls)}
-    unknown = sorted(set(content) - set(known))
+    known = [f.name for f in dataclasses.fields(cls)]
+    unknown = sorted(map(str, set(content) - set(known)))
     if unknown:
         raise ValueError(f"{where}: unknown field {unknown[0]!r}; known fields are {', '.join(known)}")
+    kinds = get_type_hints(cls)
     values = {}
     for name, value in content.items():
-        default = known[name].default_factory if callable(known[name].default_factory) else None
-        if default is not None and dataclasses.is_dataclass(default):
-            values[name] = _build(default, value, f"{where}: {name}")
+        if dataclasses.is_dataclass(kinds[name]):
+            values[name] = _build(kinds[name], value, f"{where}: {name}")
         else:
-            values[name] = tuple(value) if isinstance(value, list) else value
+            values[name] = _convert(kinds[name], value, f"{where}: {name}")
     return cls(**values)
+
+
+def _convert(kind: Any, value: Any, where: str) -> Any:
+    """A YAML value as the type of its field, forgiving what YAML 1.1 makes of "1e-3" (text) and "no" (false)."""
+    if get_origin(kind) is Literal:
+        value = "no" if value is False and "no" in get_args(kind) else value
+        if value in get_args(kind):
+            return value
+        expected = f"one of {', '.join(get_args(kind))}"
+    elif get_origin(kind) is tuple:
+        if isinstance(value, list) and all(isinstance(item, str) for item in value):
+            return tuple(value)
+        expected = "a list of names"
+    elif kind is float:
+        if isinstance(value, (int, float, str)) and not isinstance(value, bool):
+            with suppress(ValueError):
+                return float(value)
+        expected = "a number"
+    else:
+        if type(value) is kind:
+            return value
+        expected = {int: "a whole number", bool: "true or false", str: "text"}[kind]
+    raise ValueError(f"{where} is {value!r}; use {expected}")

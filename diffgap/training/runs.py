@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,7 +30,8 @@ def load_data(config: DataConfig) -> EmbeddingStore:
     for name in config.modalities:
         if name not in store.modalities:
             raise ValueError(
-                f"data.modalities names {name!r}, which {config.path} does not hold; it has {', '.join(store.modalities)}"
+                f"data.modalities names {name!r}, which {config.path} does not hold; "
+                f"it has {', '.join(store.modalities)}"
             )
     return store
 
@@ -56,6 +58,7 @@ def bridge_embeddings(
     split: str = "test",
     num_samples: int = 1,
     seed: int = 0,
+    frames: int | None = None,
     steps: int | None = None,
     solver: str | None = None,
     guidance_scale: float | None = None,
@@ -63,28 +66,37 @@ def bridge_embeddings(
     """Sample ``target`` embeddings for every ``source`` embedding; see ``diffgap sample --help``.
 
     Args:
-        data: Store folder, "stamps", or a ``.npy`` file of shape (N, D); "" for the run's own data.
+        run: Run folder, or a folder of :meth:`DiffGAP.save_pretrained`.
+        data: Store folder, "stamps", or a ``.npy`` file of shape (N, D) or (N, T, D); "" for the run's own data.
         split: Rows of a store: "train", "val", "test" or "all". A ``.npy`` file is always taken whole.
 
     Returns:
         A store in memory with one modality, ``target``; row ``i * num_samples + k`` is sample k of input i and keeps
         the input's group, caption and split.
     """
-    if num_samples < 1:
-        raise ValueError(f"num_samples is {num_samples}; use 1 or more")
-    model, config = load_run(run)
+    if (run / "config.json").is_file():  # a folder of save_pretrained
+        model, own_data = DiffGAP.from_pretrained(run), DataConfig(path="")
+    else:
+        model, config = load_run(run)
+        own_data = config.data
+    for role, name in (("source", source), ("target", target)):
+        if name not in model.modalities:
+            raise ValueError(f"{role} {name!r} is unknown to the bridge in {run}; it has {', '.join(model.modalities)}")
     if data.endswith(".npy"):
         inputs = _from_npy(Path(data), source)
     else:
-        named = replace(config.data, path=data, modalities=()) if data else config.data
+        named = replace(own_data, path=data, modalities=()) if data else own_data
+        if not named.path:
+            raise ValueError(f"data is not given, and {run} is a saved model, not a run; name a store or a .npy file")
         inputs = load_data(named)
         inputs = inputs if split == "all" else inputs.split(split)
     if source not in inputs.modalities:
         raise ValueError(f"source {source!r} is not in the data; it has {', '.join(inputs.modalities)}")
     rows = inputs.unique_rows(source)
+    options: dict[str, Any] = {source: inputs.embeddings(source, rows), "lengths": inputs.lengths(source, rows)}
     samples = model.sample(
-        target, num_samples=num_samples, seed=seed, steps=steps, solver=solver, guidance_scale=guidance_scale,
-        **{source: inputs.embeddings(source, rows)},
+        target, num_samples=num_samples, seed=seed, frames=frames,
+        steps=steps, solver=solver, guidance_scale=guidance_scale, **options,
     )  # fmt: skip
     index: dict[str, list[str]] = {}
     for name in ("group", "split", "caption"):
@@ -102,6 +114,6 @@ def _from_npy(path: Path, modality: str) -> EmbeddingStore:
         array = np.load(path, allow_pickle=False)
     except (ValueError, EOFError) as error:
         raise ValueError(f"{path} is not a .npy array of numbers ({' '.join(str(error).split())[:100]})") from error
-    if array.ndim != 2 or not np.issubdtype(array.dtype, np.floating):
-        raise ValueError(f"{path} holds {array.dtype} of shape {array.shape}; it must be floating point (N, D)")
+    if array.ndim not in (2, 3) or not np.issubdtype(array.dtype, np.floating):
+        raise ValueError(f"{path} holds {array.dtype} of shape {array.shape}; give floats (N, D) or (N, T, D)")
     return EmbeddingStore.from_arrays({modality: torch.from_numpy(array.astype(np.float32))})

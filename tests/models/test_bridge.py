@@ -233,6 +233,7 @@ def test_collate_fills_what_is_missing(store: EmbeddingStore) -> None:
             lambda b: DiffGAP({"text": 3, "audio": 3}, BridgeSettings(head="identity")),
             "head 'identity' needs width 256",
         ),
+        (lambda b: DiffGAP({"text": 3, "seed": 3}), "modality name 'seed' is no identifier or an option"),
         (lambda b: DiffGAP({"text": 3, "audio": 3}, sequences=["video"]), "sequences names 'video'"),
     ],
 )

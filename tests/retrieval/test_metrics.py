@@ -15,9 +15,7 @@ from diffgap.retrieval.metrics import (
 )
 
 
-def brute_force(
-    scores: np.ndarray, query_ids: list[int], gallery_ids: list[int], ties: str
-) -> list[list[float]]:
+def brute_force(scores: np.ndarray, query_ids: list[int], gallery_ids: list[int], ties: str) -> list[list[float]]:
     """Ranks by sorting: strict puts non-positives first among equals, average runs over all orders."""
     result = []
     for row, query_id in zip(scores, query_ids, strict=True):

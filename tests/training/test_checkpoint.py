@@ -49,7 +49,7 @@ def test_truncated_file_is_one_clear_error(tmp_path: Path) -> None:
     path = checkpoint.save(tmp_path, 1, model=model, ema=ema, optimizer=optimizer, state={})
     file = path / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-5])
-    with pytest.raises(ValueError, match="cannot be restored .* delete that folder"):
+    with pytest.raises(ValueError, match=r"cannot be restored .* delete that folder"):
         checkpoint.load(path, model=model, ema=ema, optimizer=optimizer)
 
 

@@ -32,13 +32,24 @@ def test_fields_left_out_keep_their_defaults(tmp_path: Path) -> None:
         ("train: 5\n", "expected a mapping"),
         ("train: [\n", "is not YAML"),
         ("train:\n  steps: 0\n", r"train\.steps is 0"),
-        ("bridge:\n  split: both\n", r"settings\.split is 'both'; use one of alternate"),
+        ("bridge:\n  split: both\n", r"bridge: split is 'both'; use one of alternate"),
+        ("train:\n  steps: many\n", "train: steps is 'many'; use a whole number"),
+        ("train:\n  steps: true\n", "train: steps is True; use a whole number"),
+        ("train:\n  learning_rate: fast\n", "train: learning_rate is 'fast'; use a number"),
+        ("train:\n  trackers: wandb\n", "train: trackers is 'wandb'; use a list of names"),
+        ("bridge:\n  zero_terminal_snr: 1\n", "zero_terminal_snr is 1; use true or false"),
+        ("train:\n  patience: -1\n", r"train\.patience is -1; use 0 or more"),
     ],
 )
 def test_bad_yaml_is_one_clear_error(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "c.yaml").write_text(text)
     with pytest.raises(ValueError, match=message):
         RunConfig.load(tmp_path / "c.yaml")
+
+
+def test_what_yaml_makes_of_numbers_and_no_is_forgiven(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("train:\n  learning_rate: 1e-4\n  weight_decay: 0\n  mixed_precision: no\n")
+    assert RunConfig.load(tmp_path / "c.yaml") == RunConfig(train=TrainConfig(learning_rate=1e-4, weight_decay=0.0))
 
 
 def test_missing_file(tmp_path: Path) -> None:

@@ -1,0 +1,41 @@
+from __future__ import annotations
+
+import io
+
+import pytest
+from rich.console import Console
+
+from diffgap import doctor, ops
+from diffgap.ops import _dispatch, _native
+
+
+def shown() -> str:
+    console = Console(file=io.StringIO(), width=200)
+    doctor.show(console)
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert isinstance(text, str)
+    return text
+
+
+def test_show_names_every_op_and_device() -> None:
+    text = shown()
+    for name in {choice.op for choice in ops.explain()} | {"cpu", "torch", "diffgap", "C++ CPU kernels"}:
+        assert name in text
+
+
+def test_what_is_missing_is_said_with_its_fix(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "OPTIONAL", {"no-such-package": ("peer", "pip install 'diffgap[bench]'")})
+    text = shown()
+    assert "no-such-package" in text
+    assert "peer; pip install 'diffgap[bench]'" in text  # square brackets are no markup
+
+
+def test_a_missing_extension_is_explained_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    reason = "the C++ extension is not built (a long story); rebuild with: pip install ."
+    monkeypatch.setattr(_native, "CPU_MISSING", reason)
+    kernel = _dispatch.Native("C++", (), missing=reason)
+    monkeypatch.setitem(_dispatch._ops, "attention", {"cpu": kernel})
+    rows = doctor.diagnose()
+    assert [row.note for row in rows["extensions"] if row.what == "C++ CPU kernels"] == [reason]
+    notes = {row.note for row in rows["ops"] if row.what == "attention" and row.state.startswith("cpu")}
+    assert notes == {"C++ CPU kernels missing, see above"}
