@@ -70,8 +70,13 @@ def _swap_in(new: Path, path: Path) -> None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Delete what a killed process left of its temporary files and folders in ``folder``."""
+    """Delete what a killed process left of its temporary files and folders in ``folder``.
+
+    A retired folder (".old") stays: its name may not have been taken over yet.
+    """
     for leftover in folder.glob(".*.tmp*"):
+        if leftover.name.endswith(".old"):
+            continue
         if leftover.is_dir():
             shutil.rmtree(leftover)
         else:

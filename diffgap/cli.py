@@ -244,6 +244,8 @@ def _requested_defaults(arguments: Sequence[str]) -> RunConfig:
         name, given, value = argument.partition("=")
         if name in ("--config", "--preset"):
             options[name] = value if given else next(iter(arguments[index + 1 :]), "")
+            if not options[name]:
+                raise ValueError(f"{name} is given without a value; see diffgap train --help")
     if "--config" in options:
         if "--preset" in options:
             raise ValueError("--preset and --config were both given; put the preset's settings into the config file")
@@ -293,7 +295,8 @@ def _parse(arguments: Sequence[str]) -> Callable[[], None]:
         drawn = str.maketrans(dict.fromkeys("\u2500\u2502\u256d\u256e\u2570\u256f", " "))
         title, _, rest = complaint.getvalue().translate(drawn).strip().partition("\n")
         said = rest.partition("For full helptext")[0].replace("__tyro-dummy-inner__.", "")
-        raise ValueError(f"{' '.join(said.split()) or title}; see diffgap {arguments[0]} --help") from None
+        command = f"{arguments[0]} " if arguments[0] in commands else ""
+        raise ValueError(f"{' '.join(said.split()) or title}; see diffgap {command}--help") from None
     return call
 
 

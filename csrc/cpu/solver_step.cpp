@@ -42,45 +42,42 @@ DIFFGAP_HD const float* load_or_zeros(const T* source, int64_t at, int n, float*
   return source ? load_tile(source + at, n, buffer) : s.zeros;
 }
 
-// Guided output of a tile into s.output, before the rescale; returns the conditional output.
+// A tile of the denoiser's output as it is, and guided (before the rescale); the same without guidance.
+struct GuidedTile {
+  const float *conditional, *output;
+};
+
 template <typename T>
-DIFFGAP_HD const float* guide_tile(const StepArgs<T>& a, int64_t at, int n, Scratch& s) {
+DIFFGAP_HD GuidedTile guide_tile(const StepArgs<T>& a, int64_t at, int n, Scratch& s) {
   const float* __restrict conditional = load_tile(a.output + at, n, s.conditional);
+  if (!a.unconditional) return {conditional, conditional};
+  const float* __restrict unconditional = load_tile(a.unconditional + at, n, s.unconditional);
   float* __restrict output = s.output;
-  if (a.unconditional) {
-    const float* __restrict unconditional = load_tile(a.unconditional + at, n, s.unconditional);
-    const Guidance guidance = a.guidance;
-    for (int i = 0; i < n; ++i) output[i] = guide(guidance, conditional[i], unconditional[i]);
-  } else {
-    for (int i = 0; i < n; ++i) output[i] = conditional[i];
-  }
-  return conditional;
+  const Guidance guidance = a.guidance;
+  for (int i = 0; i < n; ++i) output[i] = guide(guidance, conditional[i], unconditional[i]);
+  return {conditional, output};
 }
 
-// s.output and s.x0 of a tile, before x0 is put on the sphere; returns the sample.
-template <typename T>
-DIFFGAP_HD const float* predict_tile(const StepArgs<T>& a, int64_t sample, int64_t at, int n, Scratch& s) {
-  guide_tile(a, at, n, s);
-  const float* __restrict current = load_tile(a.sample + at, n, s.sample);
-  float* __restrict output = s.output;
-  float* __restrict x0 = s.x0;
-  const StepRow& c = a.row(sample);
-  const float from_sample = c.x0_sample, from_output = c.x0_output;
-  const float factor = a.factors ? a.factors[sample] : 1.0f;
-  for (int i = 0; i < n; ++i) {
-    output[i] *= factor;
-    x0[i] = from_sample * current[i] + from_output * output[i];
+// From the elements of a sample to those of x0, before it is put on the sphere.
+struct Prediction {
+  float from_sample, from_output;
+  float factor;  // of the guided output
+  float limit;   // infinite: no clamp
+
+  template <typename T>
+  DIFFGAP_HD static Prediction of(const StepArgs<T>& a, int64_t sample) {
+    const StepRow& c = a.row(sample);
+    const float factor = a.factors ? a.factors[sample] : 1.0f;
+    return {c.x0_sample, c.x0_output, factor, a.clamp > 0.0f ? a.clamp : INFINITY};
   }
-  if (a.clamp > 0.0f) {
-    const float limit = a.clamp;
+
+  DIFFGAP_HD float x0(float sample, float output) const {
+    const float x = from_sample * sample + from_output * output;
     // Written so that NaN stays NaN.
-    for (int i = 0; i < n; ++i) {
-      const float above = x0[i] < -limit ? -limit : x0[i];
-      x0[i] = above > limit ? limit : above;
-    }
+    const float above = x < -limit ? -limit : x;
+    return above > limit ? limit : above;
   }
-  return current;
-}
+};
 
 // Sum over a tile of (x - shift)**power, power 1 or 2, in a fixed order.
 DIFFGAP_HD double sum_tile(const float* __restrict x, int n, float shift, bool squared) {
@@ -102,43 +99,70 @@ DIFFGAP_HD double sum_tile(const float* __restrict x, int n, float shift, bool s
   return total;
 }
 
+// x0 of a tile into s.x0, before it is put on the sphere.
+template <typename T>
+DIFFGAP_HD void predict_tile(const StepArgs<T>& a, int64_t sample, int64_t at, int n, Scratch& s) {
+  const Prediction p = Prediction::of(a, sample);
+  const float* __restrict current = load_tile(a.sample + at, n, s.sample);
+  const float* __restrict output = guide_tile(a, at, n, s).output;
+  float* __restrict x0 = s.x0;
+  for (int i = 0; i < n; ++i) x0[i] = p.x0(current[i], output[i] * p.factor);
+}
+
+// What a tile's step reads; StepTerms has the elements.
+struct TileTerms {
+  const float *sample, *output, *last, *h1, *h2, *h3, *noise;
+};
+
+// The table's row applied to a tile. The results are parameters because GCC believes __restrict only there:
+// of local pointers it tests every result against every term for overlap, and leaves the loop scalar where
+// that makes too many tests.
+template <bool kCorrects>
+DIFFGAP_HD void combine_tile(const StepRow& row, const Prediction& prediction, float sphere,
+                             const TileTerms& terms, int n, float* __restrict next, float* __restrict x0,
+                             float* __restrict corrected) {
+  const StepRow c = row;
+  const Prediction p = prediction;
+  const TileTerms t = terms;
+  for (int i = 0; i < n; ++i) {
+    const float output = t.output[i] * p.factor;
+    const float clean = p.x0(t.sample[i], output) * sphere;
+    StepTerms v{t.sample[i], output, clean, 0.0f, t.h1[i], t.h2[i], t.h3[i], t.noise[i]};
+    if constexpr (kCorrects) {
+      v.last = t.last[i];
+      corrected[i] = correct(c, v);
+    }
+    next[i] = advance(c, v, kCorrects ? corrected[i] : v.sample);
+    x0[i] = clean;
+  }
+}
+
 // The step of one tile; x0 is scaled by `sphere`.
 template <typename T>
 DIFFGAP_HD void finish_tile(const StepArgs<T>& a, int64_t sample, int64_t begin, int n, float sphere,
                             Scratch& s) {
   const int64_t at = sample * a.grid.count + begin;
-  const float* __restrict current = predict_tile(a, sample, at, n, s);
-  const float* __restrict output = s.output;
-  const float* __restrict prediction = s.x0;
-  const float* __restrict last = load_or_zeros(a.last_sample, at, n, s.last, s);
-  const float* __restrict h1 = load_or_zeros(a.h1, at, n, s.h1, s);
-  const float* __restrict h2 = load_or_zeros(a.h2, at, n, s.h2, s);
-  const float* __restrict h3 = load_or_zeros(a.h3, at, n, s.h3, s);
-  const StepRow c = a.row(sample);
-  const float* __restrict noise = s.zeros;
+  const Prediction prediction = Prediction::of(a, sample);
+  TileTerms terms{load_tile(a.sample + at, n, s.sample),
+                  guide_tile(a, at, n, s).output,
+                  load_or_zeros(a.last_sample, at, n, s.last, s),
+                  load_or_zeros(a.h1, at, n, s.h1, s),
+                  load_or_zeros(a.h2, at, n, s.h2, s),
+                  load_or_zeros(a.h3, at, n, s.h3, s),
+                  s.zeros};
+  const StepRow& c = a.row(sample);
   if (a.seeds && c.pred_noise != 0.0f) {
     const uint32_t step = a.steps ? static_cast<uint32_t>(a.steps[sample]) : a.step;
-    noise = draw_tile({static_cast<uint64_t>(a.seeds[sample]), step, kStreamSolver}, begin, n, s.noise);
+    terms.noise = draw_tile({static_cast<uint64_t>(a.seeds[sample]), step, kStreamSolver}, begin, n, s.noise);
   }
-  float* __restrict next = open_tile(a.next + at, s.next);
-  float* __restrict x0 = open_tile(a.x0 + at, s.next_x0);
+  float* next = open_tile(a.next + at, s.next);
+  float* x0 = open_tile(a.x0 + at, s.next_x0);
   if (a.corrected) {
-    float* __restrict corrected = open_tile(a.corrected + at, s.corrected);
-    for (int i = 0; i < n; ++i) {
-      const float clean = prediction[i] * sphere;
-      const StepTerms v{current[i], output[i], clean, last[i], h1[i], h2[i], h3[i], noise[i]};
-      corrected[i] = correct(c, v);
-      next[i] = advance(c, v, corrected[i]);
-      x0[i] = clean;
-    }
+    float* corrected = open_tile(a.corrected + at, s.corrected);
+    combine_tile<true>(c, prediction, sphere, terms, n, next, x0, corrected);
     close_tile(a.corrected + at, n, corrected);
   } else {
-    for (int i = 0; i < n; ++i) {
-      const float clean = prediction[i] * sphere;
-      const StepTerms v{current[i], output[i], clean, 0.0f, h1[i], h2[i], h3[i], noise[i]};
-      next[i] = advance(c, v, v.sample);
-      x0[i] = clean;
-    }
+    combine_tile<false>(c, prediction, sphere, terms, n, next, x0, nullptr);
   }
   close_tile(a.next + at, n, next);
   close_tile(a.x0 + at, n, x0);
@@ -192,9 +216,9 @@ struct RescaleFactors {
         wanted = got = 0.0;
         for (int64_t begin = 0; begin < count; begin += kTile) {
           const int n = a.grid.width(begin);
-          const float* conditional = guide_tile(a, sample * count + begin, n, s);
-          wanted += sum_tile(conditional, n, wanted_mean, squared);
-          got += sum_tile(s.output, n, got_mean, squared);
+          const GuidedTile tile = guide_tile(a, sample * count + begin, n, s);
+          wanted += sum_tile(tile.conditional, n, wanted_mean, squared);
+          got += sum_tile(tile.output, n, got_mean, squared);
         }
         if (!squared) {
           wanted_mean = static_cast<float>(wanted / count);

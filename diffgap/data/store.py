@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -124,9 +125,13 @@ class EmbeddingStore:
 
     def group_ids(self, rows: Rows | None = None) -> torch.Tensor:
         """int64 code of each row's group: equal code, equal group. A view has codes of its own."""
-        codes = np.unique(self.column("group").astype(str), return_inverse=True)[1]
-        codes = codes if rows is None else codes[self._row_numbers(rows)]
+        codes = self._group_codes if rows is None else self._group_codes[self._row_numbers(rows)]
         return torch.from_numpy(codes.astype(np.int64))
+
+    @cached_property
+    def _group_codes(self) -> np.ndarray:
+        codes: np.ndarray = np.unique(self.column("group").astype(str), return_inverse=True)[1]
+        return codes
 
     def dim(self, modality: str) -> int:
         """Width D of a modality."""

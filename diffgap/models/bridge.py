@@ -273,9 +273,11 @@ class DiffGAP(nn.Module, PyTorchModelHubMixin, library_name="diffgap", license="
         """
         with _evaluating(self):
             own = self.project(modality, x)
+        lengths = options.get("lengths")
+        own = _pool(own, _frame_mask(own, lengths)) if own.dim() == 3 else own
         options[modality] = x
         bridged = self.translate(to, **options)
-        return Encoded(*(F.normalize(v.mean(1), dim=-1) if v.dim() == 3 else v for v in (own, bridged)))
+        return Encoded(own, F.normalize(bridged.mean(1), dim=-1) if bridged.dim() == 3 else bridged)
 
     def score(self, *, scoring: Scoring = "fusion", alpha: float = 1.0, **pair: Tensor) -> Tensor:
         """Scores (N, M) of N queries against M gallery items: ``bridge.score(text=queries, audio=gallery)``.
@@ -301,12 +303,12 @@ class DiffGAP(nn.Module, PyTorchModelHubMixin, library_name="diffgap", license="
         """Load what :meth:`save_pretrained` wrote, from a folder or by hub name.
 
         Raises:
-            ValueError: The weights are damaged or belong to another configuration.
+            ValueError: The weights or the configuration are damaged, missing, or do not belong together.
         """
         try:
             with contextlib.redirect_stdout(io.StringIO()):  # the hub prints where it loads from
                 model: Self = super().from_pretrained(str(path), **options)
-        except (SafetensorError, RuntimeError, json.JSONDecodeError) as error:
+        except (SafetensorError, RuntimeError, TypeError, json.JSONDecodeError) as error:
             reason = " ".join(str(error).split())[:200]
             raise ValueError(
                 f"{path} does not hold a whole DiffGAP model ({reason}); save or fetch it again"

@@ -33,6 +33,7 @@ class BridgeSettings:
     contrastive: Contrastive = "clip"
     """Contrastive loss over every pair of modalities."""
     contrastive_weight: float = 1.0
+    """Weight of the contrastive loss."""
     init_logit_scale: float = 14.3
     """Starting logit scale, 1 / 0.07 as in CLIP; 10 with a bias of -10 is SigLIP's own start."""
     init_logit_bias: float = -10.0
@@ -40,6 +41,7 @@ class BridgeSettings:
     schedule: ScheduleKind = "squaredcos_cap_v2"
     """Noise schedule, by its diffusers name ("flow" is rectified flow)."""
     num_train_timesteps: int = 1000
+    """Noise levels of the schedule."""
     prediction: Prediction = "sample"
     """What the denoiser predicts. The paper trains epsilon; sample (x0) measured better on embeddings."""
     scaling: EmbeddingScaling = "sqrt_dim"
@@ -60,10 +62,15 @@ class BridgeSettings:
     tokens: int = 4
     """Tokens a pooled vector is split into; must divide `width`."""
     denoiser_width: int = 128
+    """Features of a token inside the denoiser."""
     depth: int = 2
+    """Transformer blocks of the denoiser."""
     heads: int = 4
+    """Attention heads of the denoiser."""
     mlp_ratio: float = 2.0
+    """Hidden width of its gated MLPs, in units of `denoiser_width`."""
     dropout: float = 0.1
+    """Dropout on the output of every attention and MLP."""
     solver: str = "dpmpp"
     """Default solver for sampling. (DDIM's own spacing starts below pure noise, which tells at few steps.)"""
     sampling_steps: int = 8

@@ -216,6 +216,23 @@ def test_collate_fills_what_is_missing(store: EmbeddingStore) -> None:
     assert torch.isfinite(make()(**collated)["loss"])
 
 
+def test_encode_pools_only_the_frames_that_are_there() -> None:
+    bridge = make(sequences=("audio",))
+    audio = torch.randn(2, 5, 12)
+    spoilt = audio.clone()
+    spoilt[:, 3:] = 99.0
+    lengths = torch.tensor([3, 3])
+    a, b = (bridge.encode("audio", x, "text", lengths=lengths, steps=2, num_samples=2) for x in (audio, spoilt))
+    torch.testing.assert_close(a, b)
+
+
+def test_folder_without_configuration(tmp_path: Path) -> None:
+    make().save_pretrained(tmp_path / "model")
+    (tmp_path / "model" / "config.json").unlink()
+    with pytest.raises(ValueError, match="does not hold a whole DiffGAP model"):
+        DiffGAP.from_pretrained(tmp_path / "model")
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [

