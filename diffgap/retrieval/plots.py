@@ -83,6 +83,6 @@ def trajectory(report: Report, path: Path) -> None:
     axis.set_xlabel("sampling step")
     axis.set_ylabel("cosine of the estimate with the true pair")
     axis.set_title("One sample on its way from noise to the other modality", fontsize=10)
-    axis.legend(fontsize=8, frameon=False)
+    axis.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     axis.spines[["top", "right"]].set_visible(False)
     _save(figure, path)
