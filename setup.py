@@ -166,7 +166,8 @@ def build_commands() -> dict[str, Any]:
 
 ext_modules = extensions()
 setup(
-    packages=[*find_packages(include=["diffgap", "diffgap.*"]), "diffgap.kernels"],
+    # The folder of bundled data counts as a package for setuptools.
+    packages=[*find_packages(include=["diffgap", "diffgap.*"]), "diffgap.data.stamps", "diffgap.kernels"],
     package_dir={"diffgap.kernels": "kernels"},
     ext_modules=ext_modules,
     cmdclass=build_commands() if ext_modules else {},
