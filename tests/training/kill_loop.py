@@ -64,11 +64,13 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     config, reference, killed = sys.argv[1:]
     command = ["train", "--config", config]
+    start = time.monotonic()
     main([*command, reference])  # here, so that the forks find everything imported
+    duration = time.monotonic() - start
     draw, deaths, done = random.Random(0), 0, False
     while not done and deaths < 20:
         # Late enough, on average, to get past a checkpoint; early enough to be killed several times.
-        operation, patience, by_time = draw.randint(3, 30), draw.uniform(0.05, 0.3), deaths % 3 == 2
+        operation, patience, by_time = draw.randint(3, 30), draw.uniform(0.05, 0.3) * duration, deaths % 3 == 2
 
         def prepare(operation: int = operation, armed: bool = not by_time) -> None:
             if armed:

@@ -67,7 +67,7 @@ def test_a_killed_run_ends_bit_identical(tmp_path: Path) -> None:
     loop = [sys.executable, "-m", "tests.training.kill_loop", str(config), str(reference), str(killed)]
     done = subprocess.run(loop, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert int(done.stdout.split()[-1]) >= 3
+    assert int(done.stdout.split()[-1]) >= 2, "the first two die at a file operation, on a machine of any speed"
     expected, actual = tree(reference), tree(killed)
     assert actual.keys() == expected.keys()
     assert [name for name in expected if actual[name] != expected[name]] == []
