@@ -215,6 +215,7 @@ class DiffGAP(nn.Module, PyTorchModelHubMixin, library_name="diffgap", license="
         guidance_scale: float | None = None,
         callback: Callback | None = None,
         batch_size: int = 4096,
+        cuda_graph: bool = False,
         **sources: Tensor,
     ) -> Tensor:
         """Samples of ``target`` embeddings given those of another modality: ``bridge.sample("audio", text=x)``.
@@ -230,6 +231,7 @@ class DiffGAP(nn.Module, PyTorchModelHubMixin, library_name="diffgap", license="
             lengths: (B,) frames of a source sequence; all by default.
             callback: See :func:`diffgap.diffusion.sample`; called for every batch.
             batch_size: Samples drawn at a time.
+            cuda_graph: On a GPU, capture a step as a CUDA graph and replay it.
             sources: One modality and its embeddings (B, D) or (B, T, D), as its encoder gives them.
 
         Returns:
@@ -254,7 +256,8 @@ class DiffGAP(nn.Module, PyTorchModelHubMixin, library_name="diffgap", license="
             mask = _frame_mask(z, lengths) if z.dim() == 3 else None
             return self.diffusion.sample(
                 source, z, mask, target, shape, seeds,
-                solver=solver, steps=steps, guidance_scale=guidance_scale, callback=callback, batch_size=batch_size,
+                solver=solver, steps=steps, guidance_scale=guidance_scale,
+                callback=callback, batch_size=batch_size, cuda_graph=cuda_graph,
             )  # fmt: skip
 
     def translate(self, target: str, *, num_samples: int | None = None, **options: Any) -> Tensor:
@@ -317,19 +320,17 @@ class DiffGAP(nn.Module, PyTorchModelHubMixin, library_name="diffgap", license="
 
     def _only(self, target: str, sources: Mapping[str, Tensor]) -> tuple[str, Tensor]:
         self._known(target)
+        example = next(name for name in self.modalities if name != target)
         if len(sources) != 1:
             raise ValueError(
-                f"give exactly one source modality beside target {target!r}, e.g. {self._example(target)}=...; "
+                f"give exactly one source modality beside target {target!r}, e.g. {example}=...; "
                 f"got {', '.join(sources) or 'none'}"
             )
         ((source, x),) = sources.items()
         self._check(source, x)
         if source == target:
-            raise ValueError(f"source and target are both {target!r}; use another source, e.g. {self._example(target)}")
+            raise ValueError(f"source and target are both {target!r}; use another source, e.g. {example}")
         return source, x
-
-    def _example(self, target: str) -> str:
-        return next(name for name in self.modalities if name != target)
 
     def _known(self, modality: str) -> None:
         if modality not in self.modalities:

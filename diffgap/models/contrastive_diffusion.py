@@ -124,6 +124,7 @@ class ContrastiveDiffusion(nn.Module):
         guidance_scale: float | None = None,
         callback: Callback | None = None,
         batch_size: int = 4096,
+        cuda_graph: bool = False,
     ) -> Tensor:
         """Unit embeddings (B, K, *shape) of ``target`` given ``z`` (B, width) or (B, T, width) of ``source``.
 
@@ -131,6 +132,7 @@ class ContrastiveDiffusion(nn.Module):
             seeds: (B, K) int64, one a sample.
             mask: (B, T) bool for a source sequence.
             batch_size: Samples drawn at a time.
+            cuda_graph: See :func:`diffgap.diffusion.sample`.
         """
         table = build_solver(solver or self.settings.solver, self.schedule, steps or self.settings.sampling_steps)
         scale = self.settings.guidance_scale if guidance_scale is None else guidance_scale
@@ -141,8 +143,9 @@ class ContrastiveDiffusion(nn.Module):
             condition = Condition(z[part], self.modalities.index(source), None if mask is None else mask[part])
             model = self._model(condition, target, seeds.shape[1], table.timesteps, both=guidance is not None)
             drawn = sampler.sample(
-                model, table, seeds[part], shape, guidance=guidance, x0_norm=scaler.radius, callback=callback
-            )
+                model, table, seeds[part], shape,
+                guidance=guidance, x0_norm=scaler.radius, callback=callback, cuda_graph=cuda_graph,
+            )  # fmt: skip
             parts.append(F.normalize(scaler.unscale(drawn), dim=-1))
         return torch.cat(parts)
 

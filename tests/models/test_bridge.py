@@ -242,6 +242,7 @@ def test_folder_without_configuration(tmp_path: Path) -> None:
         (lambda b: b.sample("audio", audio=torch.zeros(1, 12)), "source and target are both 'audio'"),
         (lambda b: b.sample("audio", text=torch.zeros(1, 10), num_samples=0), "num_samples is 0"),
         (lambda b: b.sample("audio", text=torch.zeros(1, 10), solver="rk9"), "solver 'rk9' does not exist"),
+        (lambda b: b.sample("audio", text=torch.zeros(1, 10), cuda_graph=True), "cuda_graph: the seeds are on cpu"),
         (lambda b: b.score(text=torch.zeros(1, 10)), "score takes two modalities"),
         (lambda b: b.fit({"text": torch.zeros(3, 10)}), r"fit needs paired rows of audio, image, text; got text"),
         (lambda b: DiffGAP({"text": 3}), "modalities has 1 entries"),
