@@ -79,7 +79,7 @@ def denoising_batches(
     present = torch.zeros(modalities, rows, dtype=torch.bool, device=device)
     for index, mask in masks.items():
         present[index] = frames_present(mask)
-    directions = torch.tensor(list(permutations(targets, 2)), device=device)
+    directions = torch.tensor(list(permutations(sorted(targets), 2)), device=device)
     chosen = directions[split_directions(split, len(directions), rows, step).to(device)]  # (times, rows, 2)
     target, source = chosen.flatten(0, 1).unbind(1)
     row = torch.arange(rows, device=device).repeat(len(chosen))

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -142,26 +143,76 @@ def test_guidance_moves_the_sample() -> None:
     assert (plain - guided).abs().max() > 1e-3
 
 
-def test_sample_equals_the_plain_loop() -> None:
-    """Cached conditions and precomputed rows give what calling the denoiser at every step gives."""
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_sample_equals_the_plain_loop(guidance: float) -> None:
+    """Cached conditions, precomputed rows and one batch for both branches give what plain denoiser calls give."""
     from diffgap.diffusion.solvers import build_solver
     from diffgap.models.denoiser import Condition
     from diffgap.ops import normal, sample_seeds, solver_step
 
     bridge, x = make().eval(), batch()["text"]
-    names = bridge.modalities
+    names, diffusion = bridge.modalities, bridge.diffusion
     seeds = sample_seeds(6, torch.Generator().manual_seed(0))
-    table = build_solver("ddim", bridge.diffusion.schedule, 4)
+    table = build_solver("ddim", diffusion.schedule, 4)
     sample = normal(seeds, (16,))
-    condition = Condition(bridge.diffusion.scaler("text").scale(bridge.project("text", x)), names.index("text"))
+    condition = Condition(diffusion.scaler("text").scale(bridge.project("text", x)), names.index("text"))
     with torch.no_grad():
         for step, t in enumerate(table.timesteps):
-            output = bridge.diffusion.denoiser(sample, t.float().expand(6), names.index("audio"), [condition])
+            conditional, unconditional = (
+                diffusion.denoiser(sample, t.float().expand(6), names.index("audio"), given)
+                for given in ([condition], [])
+            )
+            output = unconditional + guidance * (conditional - unconditional)
             sample = solver_step(sample, output, table.coefficients, step, x0_norm=4.0).sample
     expected = torch.nn.functional.normalize(sample, dim=-1)
-    torch.testing.assert_close(
-        bridge.sample("audio", text=x, steps=4, solver="ddim")[:, 0], expected, rtol=1e-4, atol=1e-5
+    found = bridge.sample("audio", text=x, steps=4, solver="ddim", guidance_scale=guidance)[:, 0]
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("log_scale", [0.5, 9.0])
+def test_contrastive_loss_is_the_mean_over_pairs(log_scale: float) -> None:
+    """Against the definition in float64: positives by id, both directions, the scale held to 100."""
+    bridge, x = make(diffusion_weight=0.0), batch()
+    ids = torch.tensor([0, 0, 1, 2, 3, 4])
+    with torch.no_grad():
+        bridge.logit_scale.fill_(log_scale)
+    z = {name: bridge.project(name, values).double() for name, values in x.items()}
+    target = (ids[:, None] == ids).double()
+    target = target / target.sum(1, keepdim=True)
+    expected = []
+    for a, b in (("text", "audio"), ("text", "image"), ("audio", "image")):
+        logits = min(math.exp(log_scale), 100.0) * z[a] @ z[b].T
+        sides = [-(target * side.log_softmax(1)).sum(1).mean() for side in (logits, logits.T)]
+        expected.append((sides[0] + sides[1]) / 2)
+    found = bridge(x, ids=ids)["contrastive"]
+    torch.testing.assert_close(found.double(), torch.stack(expected).mean(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("gamma", [0.0, 5.0])
+def test_diffusion_loss_is_the_weighted_denoising_error(gamma: float) -> None:
+    """Against the definition, on the same draws: the time and weight of each row's own noise level."""
+    from diffgap.models.denoiser import Condition
+    from diffgap.ops import q_sample
+
+    bridge = make(split="alternate", schedule="flow", prediction="flow_prediction", min_snr_gamma=gamma)
+    x = batch(rows=40)
+    schedule, scaler = bridge.diffusion.schedule, bridge.diffusion.scaler("audio")
+    torch.manual_seed(5)
+    found = bridge(x, step=0)["diffusion"]
+    torch.manual_seed(5)
+    t = torch.randint(1000, (40,))
+    seeds = torch.randint(-(2**63), 2**63 - 1, (40,))
+    drop = torch.rand(40) < bridge.settings.condition_dropout
+    target, source = 0, 1  # the first direction: audio from image
+    clean, given = (
+        scaler.scale(bridge.project(bridge.modalities[i], x[bridge.modalities[i]])) for i in (target, source)
     )
+    noisy, wanted = q_sample(clean, t, schedule.table.float(), seeds, "flow_prediction")
+    predicted = bridge.diffusion.denoiser(
+        noisy, schedule.times.float()[t], target, [Condition(given, source)], drop=drop
+    )
+    weight = schedule.min_snr_weights(gamma).float()[t] if gamma else torch.ones(40)
+    torch.testing.assert_close(found, ((predicted - wanted).square().mean(1) * weight).mean())
 
 
 def test_scores_of_all_kinds() -> None:
