@@ -12,7 +12,8 @@ from torch.utils.checkpoint import checkpoint
 
 Reduction = Literal["mean", "sum", "none"]
 
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+#: What the kernels take; float64 is for the eager references.
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 # Tensors of the block's size that live at once while its loss is differentiated: the logits, their
 # log-probabilities and the gradients of both.
@@ -31,7 +32,7 @@ def check_embeddings(op: str, names: tuple[str, str], x: Tensor, y: Tensor) -> N
             raise TypeError(f"{op}: {name} must be a tensor, got {type(value).__name__}")
         if value.ndim != 2:
             raise ValueError(f"{op}: {name} must be (rows, width), got shape {tuple(value.shape)}")
-        if value.dtype not in _DTYPES:
+        if value.dtype not in (*DTYPES, torch.float64):
             raise TypeError(f"{op}: {name} must be float32, float16, bfloat16 or float64, got {value.dtype}")
     x_name, y_name = names
     if x.shape[1] != y.shape[1]:
@@ -125,3 +126,30 @@ def by_rows(
     blocks = zip(x.split(size), positions.split(size), strict=True)
     parts = [checkpoint(function, *block, use_reentrant=False, preserve_rng_state=False) for block in blocks]
     return torch.cat(parts)
+
+
+def pair_ids(
+    a: Tensor, b: Tensor, ids_a: Tensor | None, ids_b: Tensor | None, label_offset: int | None
+) -> tuple[Tensor, Tensor]:
+    """Ids of the rows of ``a`` and ``b`` whose equality makes a pair positive, where none are given too."""
+    if ids_a is None or ids_b is None:
+        # Positions as ids: row i pairs with column i + label_offset; negative ids pair with none.
+        ids_a, ids_b = (torch.arange(x.shape[0], device=x.device) for x in (a, b))
+        ids_a = -1 - ids_a if label_offset is None else ids_a + label_offset
+    return ids_a, ids_b
+
+
+def positive_weights(
+    ids_a: Tensor | None, ids_b: Tensor | None, dtype: torch.dtype
+) -> tuple[Tensor | None, Tensor | None]:
+    """``1 / |P_i|`` of each row and of each column, 0 for one without positives; ``None`` without ids."""
+    if ids_a is None or ids_b is None:
+        return None, None
+
+    def weights(ids: Tensor, others: Tensor) -> Tensor:
+        ordered = others.sort().values
+        first, last = (torch.searchsorted(ordered, ids, right=right) for right in (False, True))
+        count = (last - first).to(dtype)
+        return torch.where(count > 0, 1 / count, 0)
+
+    return weights(ids_a, ids_b), weights(ids_b, ids_a)

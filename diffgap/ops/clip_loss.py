@@ -12,6 +12,7 @@ one-sided: ``mean(r)``. A bias added to S would cancel in both softmaxes, so the
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from torch.nn import functional as F
 
 from diffgap.ops import _dispatch
 from diffgap.ops._contrastive import (
+    DTYPES,
     Reduction,
     block_bytes,
     by_rows,
@@ -28,8 +30,11 @@ from diffgap.ops._contrastive import (
     check_ids,
     check_options,
     compute_dtype,
+    pair_ids,
+    positive_weights,
     scalar,
 )
+from diffgap.ops._native import CPU_MISSING
 
 
 def clip_loss(
@@ -59,7 +64,8 @@ def clip_loss(
             loss of row i plus half that of column i; needs N = M.
         memory_budget: Bytes of scratch for similarities. The eager reference then works in blocks of rows (at
             least one) and recomputes them in the backward pass; ``None`` lets it hold all N x M. A kernel
-            never needs more than a tile, and may use the budget to keep what it would recompute.
+            needs no more than a tile; where all similarities in float32 (4 N M bytes) fit in the budget it keeps
+            them for the backward pass, which then needs three matrix products in all instead of four.
         one_sided: Only the rows' loss, ``"none"`` giving it as (N,). For a local batch against all ranks'
             embeddings.
         label_offset: Row i's positive is row ``i + label_offset`` of ``b``; one-sided, without ids.
@@ -88,22 +94,23 @@ def clip_loss(
         )
     scale = scalar("clip_loss", "logit_scale", logit_scale, a)
 
-    arguments = (a, b, scale, ids_a, ids_b, one_sided, label_offset, memory_budget)
-    eager = _dispatch.choose("clip_loss", a) == "eager"
-    rows, columns = clip_loss_reference(*arguments) if eager else _registered(*arguments)
+    if _dispatch.choose("clip_loss", a) == "eager":
+        rows, columns = clip_loss_reference(a, b, scale, ids_a, ids_b, one_sided, label_offset, memory_budget)
+        weights = positive_weights(ids_a, ids_b, compute_dtype(a))
+    else:
+        rows, columns, weights = _registered(a, b, scale, ids_a, ids_b, one_sided, label_offset, memory_budget)
     if reduction == "none":
         return rows if one_sided else (rows + columns) / 2
     if reduction == "sum":
         return rows.sum() if one_sided else (rows.sum() + columns.sum()) / 2
-    rows_mean = _mean(rows, ids_a, ids_b)
-    return rows_mean if one_sided else (rows_mean + _mean(columns, ids_b, ids_a)) / 2
+    rows_mean = _mean(rows, weights[0])
+    return rows_mean if one_sided else (rows_mean + _mean(columns, weights[1])) / 2
 
 
-def _mean(losses: Tensor, ids: Tensor | None, other_ids: Tensor | None) -> Tensor:
+def _mean(losses: Tensor, weights: Tensor | None) -> Tensor:
     """Mean of ``losses`` over the rows that have a positive; 0 if none has."""
-    if ids is None or other_ids is None:
-        return losses.sum() / max(losses.shape[0], 1)
-    return losses.sum() / torch.isin(ids, other_ids).sum().clamp(min=1)
+    count = max(losses.shape[0], 1) if weights is None else (weights > 0).sum().clamp(min=1)
+    return losses.sum() / count
 
 
 def clip_loss_reference(
@@ -148,9 +155,30 @@ def _cross_entropy(logits: Tensor, targets: Tensor, column_ids: Tensor | None) -
     return -log_probability.sum(dim=1) / positive.sum(dim=1).clamp(min=1)
 
 
-def _log_sum_exp(x: Tensor, y: Tensor, budget: int | None) -> Tensor:
-    """(N,) log-sum-exp of each row of ``x @ y.T``, in blocks of rows."""
-    return by_rows(lambda x, _: (x @ y.T).logsumexp(dim=1), x, x[:, :0], block_bytes(x, y.shape[0]), budget)
+def _blocks(a: Tensor, b: Tensor, budget: int | None) -> Iterator[tuple[slice, Tensor]]:
+    """Blocks of rows that fit in the budget, each with its rows of ``a @ b.T``; the same bits at every call."""
+    size = max(1, min(a.shape[0], (budget or 2**62) // max(block_bytes(a, b.shape[0]), 1)))
+    for start in range(0, a.shape[0], size):
+        rows = slice(start, start + size)
+        yield rows, a[rows] @ b.T
+
+
+def merge_lse(x: Tensor, y: Tensor) -> Tensor:
+    """Log-sum-exp over two sets from that over each, as (N, 2): the maximum m and ``log(sum(exp(S - m)))``.
+
+    In two parts, because their sum would round away what a nearly solved batch still has to learn.
+    """
+    largest = torch.maximum(x[:, 0], y[:, 0])
+    rest = torch.logaddexp(*(z[:, 1] + (z[:, 0] - largest).nan_to_num(nan=0.0, neginf=-torch.inf) for z in (x, y)))
+    return torch.stack([largest, rest], dim=1)
+
+
+def _lse(logits: Tensor) -> Tensor:
+    """Log-sum-exp of each row in the two parts of :func:`merge_lse`; of an empty row -inf and -inf."""
+    if logits.shape[1] == 0:
+        return logits.new_full((logits.shape[0], 2), -torch.inf)
+    largest = logits.amax(dim=1)
+    return torch.stack([largest, (logits - largest[:, None]).exp().sum(dim=1).log()], dim=1)
 
 
 def _forward(
@@ -159,30 +187,47 @@ def _forward(
     logit_scale: Tensor,
     ids_a: Tensor | None,
     ids_b: Tensor | None,
+    weights_a: Tensor | None,
+    weights_b: Tensor | None,
     one_sided: bool,
-    label_offset: int,
+    label_offset: int | None,
     memory_budget: int | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Losses of rows and columns, and each one's log-sum-exp, from which a backward kernel gets softmaxes."""
-    rows, columns = clip_loss_reference(a, b, logit_scale, ids_a, ids_b, one_sided, label_offset, memory_budget)
+    keep_logits: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Losses of rows and columns, each one's log-sum-exp as :func:`merge_lse` has it, and the logits or (0, 0).
+
+    ``label_offset=None`` without ids: nothing is positive, and all losses are 0. The weights are those of
+    :func:`positive_weights`; kernels need them, the reference counts for itself.
+    """
     with torch.autocast(a.device.type, enabled=False):
-        scaled, b = logit_scale * a.to(rows.dtype), b.to(rows.dtype)
-        rows_lse = _log_sum_exp(scaled, b, memory_budget)
-        columns_lse = rows.new_empty(0) if one_sided else _log_sum_exp(b, scaled, memory_budget)
-    return rows, columns, rows_lse, columns_lse
+        wide_a, wide_b = a.to(compute_dtype(a)), b.to(compute_dtype(b))
+        rows_lse = wide_a.new_empty((a.shape[0], 2))
+        columns_lse = _lse(wide_b.new_empty((0 if one_sided else b.shape[0], 0)))
+        logits = wide_a.new_empty((a.shape[0], b.shape[0]) if keep_logits else (0, 0))
+        for block, similarity in _blocks(wide_a, wide_b, memory_budget):
+            s = logit_scale * similarity
+            rows_lse[block] = _lse(s)
+            columns_lse = columns_lse if one_sided else merge_lse(columns_lse, _lse(s.T))
+            if keep_logits:
+                logits[block] = s
+    if label_offset is None and ids_a is None:
+        rows, columns = rows_lse.new_zeros(a.shape[0]), columns_lse.new_zeros(columns_lse.shape[0])
+        return rows, columns, rows_lse, columns_lse, logits
+    rows, columns = clip_loss_reference(a, b, logit_scale, ids_a, ids_b, one_sided, label_offset or 0, memory_budget)
+    return rows, columns, rows_lse, columns_lse, logits
 
 
 def _forward_fake(
-    a: Tensor, b: Tensor, logit_scale: Tensor, ids_a: Any, ids_b: Any, one_sided: bool, *options: Any
-) -> tuple[Tensor, ...]:
+    a: Tensor, b: Tensor, logit_scale: Tensor, ids_a: Any, ids_b: Any, weights_a: Any, weights_b: Any,
+    one_sided: bool, label_offset: int | None, memory_budget: int | None, keep_logits: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
     rows = a.new_empty(a.shape[0], dtype=compute_dtype(a))
     columns = rows.new_empty(0 if one_sided else b.shape[0])
-    return rows, columns, torch.empty_like(rows), torch.empty_like(columns)
+    logits = rows.new_empty((a.shape[0], b.shape[0]) if keep_logits else (0, 0))
+    return rows, columns, rows.new_empty((*rows.shape, 2)), rows.new_empty((*columns.shape, 2)), logits
 
 
 def _backward(
-    grad_rows: Tensor,
-    grad_columns: Tensor,
     a: Tensor,
     b: Tensor,
     logit_scale: Tensor,
@@ -190,60 +235,129 @@ def _backward(
     ids_b: Tensor | None,
     rows_lse: Tensor,
     columns_lse: Tensor,
-    one_sided: bool,
-    label_offset: int,
+    softmax_rows: Tensor,
+    softmax_columns: Tensor,
+    target_rows: Tensor,
+    target_columns: Tensor,
+    logits: Tensor,
+    label_offset: int | None,
     memory_budget: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of a, b and the scale; differentiates the reference, so the log-sum-exps are not needed."""
+    r"""Gradients of a, b and the scale in the compute dtype, with p the positives as 0 and 1:
 
-    def losses(a: Tensor, b: Tensor, logit_scale: Tensor) -> tuple[Tensor, ...]:
-        both = clip_loss_reference(a, b, logit_scale, ids_a, ids_b, one_sided, label_offset, memory_budget)
-        return both[:1] if one_sided else both
+    .. math::
+        G_{ij} = \text{softmax\_rows}_i \exp(S_{ij} - \text{rows\_lse}_i)
+               + \text{softmax\_columns}_j \exp(S_{ij} - \text{columns\_lse}_j)
+               - p_{ij} (\text{target\_rows}_i + \text{target\_columns}_j)
 
-    grads = (grad_rows,) if one_sided else (grad_rows, grad_columns)
-    grad_a, grad_b, grad_scale = _dispatch.vjp(losses, (a, b, logit_scale), grads)
+    ``grad_a = scale * G b``, ``grad_b = scale * G^T a``, ``grad_scale = sum_ij G_ij <a_i, b_j>``. The vectors
+    of the columns have no entries where the loss is one-sided. ``logits`` is S, or (0, 0) to compute it again;
+    here it always is.
+    """
+    ids_a, ids_b = pair_ids(a, b, ids_a, ids_b, label_offset)
+    two_sided = columns_lse.shape[0] == b.shape[0]
+
+    def softmax(s: Tensor, lse: Tensor) -> Tensor:
+        # Never above 1, though with infinite logits or on other hardware s may differ from the forward pass's.
+        return (s - lse[..., 0] - lse[..., 1]).clamp(max=0).exp()
+
+    with torch.autocast(a.device.type, enabled=False):
+        wide_a, wide_b = a.to(compute_dtype(a)), b.to(compute_dtype(b))
+        grad_a, grad_b, grad_scale = torch.zeros_like(wide_a), torch.zeros_like(wide_b), wide_a.new_zeros(())
+        for rows, similarity in _blocks(wide_a, wide_b, memory_budget):
+            s = logit_scale * similarity
+            g = softmax_rows[rows, None] * softmax(s, rows_lse[rows, None])
+            target = target_rows[rows, None]
+            if two_sided:
+                g = g + softmax_columns * softmax(s, columns_lse)
+                target = target + target_columns
+            g = g - torch.where(ids_a[rows, None] == ids_b, target, 0)
+            grad_a[rows] = logit_scale * (g @ wide_b)
+            grad_b += logit_scale * (g.T @ wide_a[rows])
+            grad_scale += (g * similarity).sum()
     return grad_a, grad_b, grad_scale
 
 
-def _backward_fake(
-    grad_rows: Tensor, grad_columns: Tensor, a: Tensor, b: Tensor, logit_scale: Tensor, *rest: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    return a.new_empty(a.shape), b.new_empty(b.shape), torch.empty_like(logit_scale)
+def _backward_fake(a: Tensor, b: Tensor, logit_scale: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = compute_dtype(a)
+    return a.new_empty(a.shape, dtype=dtype), b.new_empty(b.shape, dtype=dtype), torch.empty_like(logit_scale)
 
 
-_dispatch.declare("clip_loss")
+_dispatch.declare("clip_loss", cpu=_dispatch.Native("C++", DTYPES, CPU_MISSING))
 _INPUTS = "Tensor a, Tensor b, Tensor logit_scale, Tensor? ids_a, Tensor? ids_b"
-_OPTIONS = "bool one_sided, int label_offset, int? memory_budget"
 _forward_op = _dispatch.define(
-    f"clip_loss({_INPUTS}, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)", _forward, _forward_fake
+    f"clip_loss({_INPUTS}, Tensor? weights_a, Tensor? weights_b, bool one_sided, int? label_offset, "
+    "int? memory_budget, bool keep_logits) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _forward,
+    _forward_fake,
 )
 _backward_op = _dispatch.define(
-    f"clip_loss_backward(Tensor grad_rows, Tensor grad_columns, {_INPUTS}, "
-    f"Tensor rows_lse, Tensor columns_lse, {_OPTIONS}) -> (Tensor, Tensor, Tensor)",
+    f"clip_loss_backward({_INPUTS}, Tensor rows_lse, Tensor columns_lse, Tensor softmax_rows, "
+    "Tensor softmax_columns, Tensor target_rows, Tensor target_columns, Tensor logits, int? label_offset, "
+    "int? memory_budget) -> (Tensor, Tensor, Tensor)",
     _backward,
     _backward_fake,
 )
+
+
+def backward_factors(grad: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
+    """What the gradient of the row losses (or the columns') multiplies: each row's softmax, and its positives."""
+    grad = grad.contiguous()  # gradients arrive expanded from the reductions; kernels read them flat
+    return (grad, grad) if weights is None else (grad * (weights > 0), grad * weights)
 
 
 class _ClipLoss(torch.autograd.Function):
     """The registered forward and backward ops as one differentiable function."""
 
     @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
-        rows, columns, rows_lse, columns_lse = _forward_op(*arguments)
-        ctx.save_for_backward(*arguments[:5], rows_lse, columns_lse)
-        ctx.options = arguments[5:]
+    def forward(
+        ctx: Any,
+        a: Tensor,
+        b: Tensor,
+        scale: Tensor,
+        ids_a: Tensor | None,
+        ids_b: Tensor | None,
+        weights_a: Tensor | None,
+        weights_b: Tensor | None,
+        *options: Any,
+    ) -> tuple[Tensor, Tensor]:
+        _, label_offset, memory_budget, _ = options
+        outputs = _forward_op(a, b, scale, ids_a, ids_b, weights_a, weights_b, *options)
+        rows, columns, rows_lse, columns_lse, logits = outputs
+        ctx.save_for_backward(a, b, scale, ids_a, ids_b, weights_a, weights_b, rows_lse, columns_lse, logits)
+        ctx.options = label_offset, memory_budget
         return rows, columns
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_rows: Tensor, grad_columns: Tensor) -> tuple[Tensor | None, ...]:
-        # Gradients arrive expanded from the reductions; kernels read them flat.
-        grads = _backward_op(grad_rows.contiguous(), grad_columns.contiguous(), *ctx.saved_tensors, *ctx.options)
-        return *grads, None, None, None, None, None
+        a, b, scale, ids_a, ids_b, weights_a, weights_b, rows_lse, columns_lse, logits = ctx.saved_tensors
+        softmax_rows, target_rows = backward_factors(grad_rows, weights_a)
+        softmax_columns, target_columns = grad_columns, grad_columns
+        if grad_columns.shape[0] > 0:
+            softmax_columns, target_columns = backward_factors(grad_columns, weights_b)
+        factors = softmax_rows, softmax_columns, target_rows, target_columns
+        grad_a, grad_b, grad_scale = _backward_op(
+            a, b, scale, ids_a, ids_b, rows_lse, columns_lse, *factors, logits, *ctx.options
+        )
+        return grad_a.to(a.dtype), grad_b.to(b.dtype), grad_scale, *(None,) * 8
 
 
-def _registered(*arguments: Any) -> tuple[Tensor, Tensor]:
-    """Losses of rows and columns through the registered ops."""
-    rows, columns = _ClipLoss.apply(*_dispatch.distinct(*arguments[:5]), *arguments[5:])
-    return rows, columns
+def _registered(
+    a: Tensor,
+    b: Tensor,
+    scale: Tensor,
+    ids_a: Tensor | None,
+    ids_b: Tensor | None,
+    one_sided: bool,
+    label_offset: int,
+    memory_budget: int | None,
+) -> tuple[Tensor, Tensor, tuple[Tensor | None, Tensor | None]]:
+    """Losses of rows and columns through the registered ops, and the weights of the positives."""
+    weights = positive_weights(ids_a, ids_b, compute_dtype(a))
+    logits_bytes = a.shape[0] * b.shape[0] * torch.finfo(compute_dtype(a)).bits // 8
+    learnt = torch.is_grad_enabled() and any(x.requires_grad for x in (a, b, scale))
+    keep = learnt and memory_budget is not None and logits_bytes <= memory_budget
+    tensors = _dispatch.distinct(a, b, scale, ids_a, ids_b, *weights)
+    rows, columns = _ClipLoss.apply(*tensors, one_sided, label_offset, memory_budget, keep)
+    return rows, columns, weights

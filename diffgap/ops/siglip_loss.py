@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from diffgap.ops import _dispatch
 from diffgap.ops._contrastive import (
+    DTYPES,
     Reduction,
     block_bytes,
     by_rows,
@@ -25,8 +26,10 @@ from diffgap.ops._contrastive import (
     check_ids,
     check_options,
     compute_dtype,
+    pair_ids,
     scalar,
 )
+from diffgap.ops._native import CPU_MISSING
 
 
 def siglip_loss(
@@ -97,11 +100,7 @@ def siglip_loss_reference(
     memory_budget: int | None,
 ) -> Tensor:
     """The definition: losses of the rows, (N,)."""
-    if ids_a is None or ids_b is None:
-        # Positions as ids: row i pairs with column i + label_offset; negative ids pair with none.
-        ids_b = torch.arange(b.shape[0], device=b.device)
-        ids_a = torch.arange(a.shape[0], device=a.device)
-        ids_a = -1 - ids_a if label_offset is None else ids_a + label_offset
+    ids_a, ids_b = pair_ids(a, b, ids_a, ids_b, label_offset)
 
     def block(scaled: Tensor, ids: Tensor) -> Tensor:
         logits = scaled @ b.T + logit_bias
@@ -149,7 +148,7 @@ def _backward_fake(
     return torch.empty_like(grad_rows), *grads
 
 
-_dispatch.declare("siglip_loss")
+_dispatch.declare("siglip_loss", cpu=_dispatch.Native("C++", DTYPES, CPU_MISSING))
 _INPUTS = (
     "Tensor a, Tensor b, Tensor logit_scale, Tensor logit_bias, Tensor? ids_a, Tensor? ids_b, "
     "int? label_offset, int? memory_budget"

@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 
 from diffgap.ops import _dispatch
-from diffgap.ops._contrastive import check_embeddings, check_integers, compute_dtype
+from diffgap.ops._contrastive import DTYPES, check_embeddings, check_integers, compute_dtype
+from diffgap.ops._native import CPU_MISSING
 
 Ties = Literal["strict", "average"]
 Positives = Tensor | tuple[Tensor, Tensor]
@@ -184,11 +185,11 @@ def _ranks_fake(q: Tensor, g: Tensor, ids_q: Tensor, ids_g: Tensor) -> tuple[Ten
     return torch.empty_like(ids_q), torch.empty_like(ids_q), torch.empty_like(ids_q)
 
 
-_dispatch.declare("similarity_topk")
+_dispatch.declare("similarity_topk", cpu=_dispatch.Native("C++", DTYPES, CPU_MISSING))
 _topk_op = _dispatch.define(
     "similarity_topk(Tensor q, Tensor g, int k) -> (Tensor, Tensor)", similarity_topk_reference, _topk_fake
 )
-_dispatch.declare("similarity_ranks")
+_dispatch.declare("similarity_ranks", cpu=_dispatch.Native("C++", DTYPES, CPU_MISSING))
 _ranks_op = _dispatch.define(
     "similarity_ranks(Tensor q, Tensor g, Tensor ids_q, Tensor ids_g) -> (Tensor, Tensor, Tensor)",
     similarity_ranks_reference,

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from diffgap.ops import _dispatch
+from diffgap.ops._contrastive import positive_weights
 from diffgap.ops.clip_loss import clip_loss
 from tests.ops.contrastive_cases import LargestTensor, assert_matches, gradients, ids_for, leaf, pairs
 
@@ -293,17 +294,22 @@ def test_clip_loss_ops_pass_opcheck(dtype: torch.dtype, with_ids: bool, one_side
         pytest.skip("the reference is not an op")
     a, b = (x.detach() for x in pairs(5, 9 if one_sided else 5, 8, dtype))
     ids = (ids_for(5, 3), ids_for(b.shape[0], 3)) if with_ids else (None, None)
-    options = (one_sided, 0 if with_ids or not one_sided else 2, None)
+    offset = 0 if with_ids or not one_sided else 2
+    weights = positive_weights(*ids, torch.float32)
     inputs = (a, b, torch.tensor(10.0), *ids)
-    torch.library.opcheck(torch.ops.diffgap.clip_loss.default, (*inputs, *options))
-    rows, columns, rows_lse, columns_lse = torch.ops.diffgap.clip_loss.default(*inputs, *options)
-    saved = (torch.rand_like(rows), torch.rand_like(columns), *inputs, rows_lse, columns_lse)
-    torch.library.opcheck(torch.ops.diffgap.clip_loss_backward.default, (*saved, *options))
+    arguments = (*inputs, *weights, one_sided, offset, None, True)
+    torch.library.opcheck(torch.ops.diffgap.clip_loss.default, arguments)
+    rows, columns, rows_lse, columns_lse, kept = torch.ops.diffgap.clip_loss.default(*arguments)
+    factors = [torch.rand_like(x) for x in (rows, columns, rows, columns)]
+    for logits in (kept, kept.new_empty((0, 0))):
+        saved = (*inputs, rows_lse, columns_lse, *factors, logits, offset, None)
+        torch.library.opcheck(torch.ops.diffgap.clip_loss_backward.default, saved)
 
     logits = 10.0 * a.float() @ b.float().T
-    torch.testing.assert_close(rows_lse, logits.logsumexp(1))
+    torch.testing.assert_close(rows_lse.sum(1), logits.logsumexp(1))
     if not one_sided:
-        torch.testing.assert_close(columns_lse, logits.logsumexp(0))
+        torch.testing.assert_close(columns_lse.sum(1), logits.logsumexp(0))
+    torch.testing.assert_close(kept, logits)
 
 
 MATRIX = torch.zeros(4, 3)
