@@ -2,11 +2,14 @@
 // every x86-64, and other architectures take the compiler's baseline.
 //
 // A `Body` is a struct with a static, always inlined `run`; everything it calls must be always inlined too
-// (DIFFGAP_HD), because only then is it compiled anew for each instruction set.
+// (DIFFGAP_HD), because only then is it compiled anew for each instruction set. `run_vectorised` leaves the vectors
+// to the compiler; `run_lanes` calls `run<lanes>` with the float32 lanes of a vector, for loops blocked by hand.
 #pragma once
 
 #include <cstdlib>
 #include <cstring>
+
+#include "common/macros.h"
 
 namespace diffgap {
 
@@ -50,11 +53,37 @@ void run_vectorised(const Args&... args) {
   }
 }
 
+template <typename Body, int lanes>
+struct WithLanes {
+  template <typename... Args>
+  static DIFFGAP_HD void run(const Args&... args) {
+    Body::template run<lanes>(args...);
+  }
+};
+
+template <typename Body, typename... Args>
+void run_lanes(const Args&... args) {
+  static const Isa isa = detect_isa();
+  switch (isa) {
+    case Isa::kAvx512:
+      return run_avx512<WithLanes<Body, 16>>(args...);
+    case Isa::kAvx2:
+      return run_avx2<WithLanes<Body, 8>>(args...);
+    case Isa::kBaseline:
+      return Body::template run<4>(args...);
+  }
+}
+
 #else
 
 template <typename Body, typename... Args>
 void run_vectorised(const Args&... args) {
   Body::run(args...);
+}
+
+template <typename Body, typename... Args>
+void run_lanes(const Args&... args) {
+  Body::template run<4>(args...);  // NEON's and SSE's width
 }
 
 #endif

@@ -24,6 +24,10 @@ inline Tensor empty_of(const Tensor& like, const std::vector<int64_t>& sizes, Sc
   return torch::stable::new_empty(like, shape, dtype);
 }
 
+inline Tensor zeros_of(const Tensor& like, ScalarType dtype) {
+  return torch::stable::new_zeros(like, like.sizes(), dtype);
+}
+
 // Elements per sample: the product of all sizes but the first.
 inline int64_t elements_per_sample(const Tensor& x) {
   int64_t count = 1;
@@ -47,6 +51,13 @@ inline Tensor index_of(const char* name, const Tensor& index, int64_t samples) {
   return torch::stable::contiguous(index);
 }
 
+// A contiguous float32 tensor (count,), checked.
+inline Tensor vector_of(const char* name, const Tensor& values, int64_t count) {
+  STD_TORCH_CHECK(values.scalar_type() == ScalarType::Float && values.dim() == 1 && values.size(0) == count, name,
+                  ": expected float32 of shape (", count, ",)");
+  return torch::stable::contiguous(values);
+}
+
 inline void check_row(const char* name, int64_t row, int64_t rows) {
   STD_TORCH_CHECK(row >= 0 && row < rows, name, ": values must lie in [0, ", rows, "), got ", row);
 }
@@ -59,6 +70,21 @@ const T* data_of(const Tensor& x) {
 template <typename T>
 T* mutable_data_of(const Tensor& x) {
   return static_cast<T*>(x.mutable_data_ptr());
+}
+
+// The value of a float32 tensor of one element.
+inline float scalar_of(const Tensor& value) {
+  STD_TORCH_CHECK(value.scalar_type() == ScalarType::Float && value.numel() == 1, "expected a float32 of one element");
+  return *data_of<float>(value);
+}
+
+// The parts' sum as a tensor of `like`'s shape, in float32.
+inline Tensor sum_as_scalar(const Tensor& like, const std::vector<double>& parts) {
+  const Tensor result = empty_of(like, {}, ScalarType::Float);
+  double sum = 0;
+  for (const double part : parts) sum += part;
+  *mutable_data_of<float>(result) = static_cast<float>(sum);
+  return result;
 }
 
 // Calls `body` with a value of the element type of `dtype`.

@@ -3,29 +3,58 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from types import ModuleType
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from diffgap.ops import _dispatch
+from diffgap.ops._native import CPU_MISSING
 from tests.helpers import assert_close_to_oracle
 
+#: The eager reference, the registered ops' default implementations, and the C++ kernels.
+ROUTES = [
+    "reference",
+    "registered",
+    pytest.param("native", marks=pytest.mark.skipif(CPU_MISSING is not None, reason=str(CPU_MISSING))),
+]
 
-def pairs(rows: int, columns: int, width: int, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+#: Dtype of inputs that name none.
+_default_dtype = torch.float64
+
+
+def take(route: str, patch: pytest.MonkeyPatch, module: ModuleType, **ops: str) -> None:
+    """Send ``module``'s op down a route; ``ops`` maps its registered ops to their default implementations.
+
+    Kernels take no float64, so on the native route inputs that name no dtype are float32."""
+    if route == "native":
+        patch.setattr(_dispatch, "_mode", "auto")
+    else:
+        patch.setattr(_dispatch, "choose", lambda *_: "eager" if route == "reference" else "native")
+    if route == "registered":
+        for op, default in ops.items():
+            patch.setattr(module, op, getattr(module, default))
+    if route == "native":
+        patch.setitem(globals(), "_default_dtype", torch.float32)
+
+
+def pairs(rows: int, columns: int, width: int, dtype: torch.dtype | None = None) -> list[Tensor]:
     """Two sets of unit vectors, row i of one resembling row i of the other; leaves that require grad."""
     generator = torch.Generator().manual_seed(0)
     a = torch.randn(rows, width, generator=generator, dtype=torch.float64)
     b = torch.randn(columns, width, generator=generator, dtype=torch.float64)
     shared = min(rows, columns)
     b[:shared] += a[:shared] / 8  # weakly: at scale 100 a solved batch has no gradient left to compare
-    return [F.normalize(x, dim=1).to(dtype).requires_grad_() for x in (a, b)]
+    return [F.normalize(x, dim=1).to(dtype or _default_dtype).requires_grad_() for x in (a, b)]
 
 
-def leaf(value: float, dtype: torch.dtype = torch.float64) -> Tensor:
+def leaf(value: float, dtype: torch.dtype | None = None) -> Tensor:
     """A learnable 0-d tensor."""
-    return torch.tensor(value, dtype=dtype, requires_grad=True)
+    return torch.tensor(value, dtype=dtype or _default_dtype, requires_grad=True)
 
 
 def ids_for(rows: int, groups: int, seed: int = 0) -> Tensor:

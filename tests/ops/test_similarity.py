@@ -10,17 +10,22 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from diffgap.ops import _dispatch, similarity
+from diffgap.ops import similarity
 from diffgap.ops.similarity import similarity_rank_counts, similarity_ranks, similarity_topk
-from tests.ops.contrastive_cases import LargestTensor, ids_for
+from tests.ops.contrastive_cases import ROUTES, LargestTensor, ids_for, take
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 
 
-@pytest.fixture(params=["reference", "registered"], autouse=True)
+@pytest.fixture(params=ROUTES, autouse=True)
 def route(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    choice = "eager" if request.param == "reference" else "native"
-    monkeypatch.setattr(_dispatch, "choose", lambda op, tensor: choice)
+    take(
+        request.param,
+        monkeypatch,
+        similarity,
+        _topk_op="similarity_topk_reference",
+        _ranks_op="similarity_ranks_reference",
+    )
     return str(request.param)
 
 

@@ -1,0 +1,164 @@
+// Matrix products of small tiles in float32: the packed layouts and the micro-kernel.
+//
+// A product's left operand is read in panels of kLeft rows, its right operand in panels of kRight columns; within
+// a panel the summed index runs slowest, so that the micro-kernel reads both in order. One tile of the result,
+// kLeft x kRight, is held in registers. An element's sum depends on its two vectors alone, not on where in a tile
+// they stand: equal rows give equal bits, which the ranks of ties rely on.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstdlib>
+#include <memory>
+#include <new>
+
+#include "common/macros.h"
+#include "cpu/tile.h"
+
+namespace diffgap {
+
+constexpr int kLeft = 12;
+constexpr int kRight = 32;
+// Sums run over this many terms before they are added to the total: rounding errors grow with the length.
+constexpr int kDepthChunk = 128;
+
+constexpr int64_t round_up(int64_t count, int64_t unit) { return (count + unit - 1) / unit * unit; }
+
+// Scratch memory, aligned to cache lines, not initialised.
+template <typename T>
+class Buffer {
+ public:
+  explicit Buffer(int64_t count)
+      : data_(static_cast<T*>(std::aligned_alloc(64, round_up(count * sizeof(T) + 1, 64)))) {
+    if (!data_) throw std::bad_alloc();
+  }
+  T* data() const { return data_.get(); }
+
+ private:
+  struct Free {
+    void operator()(T* pointer) const { std::free(pointer); }
+  };
+  std::unique_ptr<T, Free> data_;
+};
+
+DIFFGAP_HD float widen(float value) { return value; }
+
+// A row-major matrix of any element type.
+template <typename T>
+struct Rows {
+  const T* data;
+  int64_t count;
+  int depth;  // elements per row
+
+  DIFFGAP_HD const T* row(int64_t index) const { return data + index * depth; }
+  Rows slice(int64_t first, int64_t rows) const { return {row(first), rows, depth}; }
+};
+
+// One panel of `width` rows, transposed: out[k * width + i] = row(i)[k], with zeros for the rows beyond `count`.
+// `row` maps 0 .. count - 1 to the rows' first elements.
+template <int width, typename RowOf>
+DIFFGAP_HD void pack_transposed(const RowOf& row, int count, int depth, float* __restrict out) {
+  constexpr int kStep = 16;
+  for (int first = 0; first < depth; first += kStep) {
+    const int steps = depth - first < kStep ? depth - first : kStep;
+    float* block = out + first * width;
+    for (int i = 0; i < width; ++i) {
+      if (i < count) {
+        const auto* source = row(i) + first;
+        for (int k = 0; k < steps; ++k) block[k * width + i] = widen(source[k]);
+      } else {
+        for (int k = 0; k < steps; ++k) block[k * width + i] = 0.0f;
+      }
+    }
+  }
+}
+
+// Rows first .. first + count of a matrix.
+template <typename T>
+struct Consecutive {
+  Rows<T> rows;
+  int64_t first;
+  DIFFGAP_HD const T* operator()(int i) const { return rows.row(first + i); }
+};
+
+// Rows as panels of a transposed right operand (columns of a product) or of a left operand.
+template <int width, typename T>
+DIFFGAP_HD void pack_panels(const Rows<T>& rows, int64_t first, int count, float* out) {
+  for (int panel = 0; panel < count; panel += width) {
+    const int valid = count - panel < width ? count - panel : width;
+    pack_transposed<width>(Consecutive<T>{rows, first + panel}, valid, rows.depth, out + panel * rows.depth);
+  }
+}
+
+// Rows first .. first + count, as the rows offset .. of a right operand of `total` rows: kRight columns a panel.
+template <typename T>
+DIFFGAP_HD void pack_right(const Rows<T>& rows, int64_t first, int count, int offset, int total, float* out) {
+  for (int i = 0; i < count; ++i) {
+    const T* source = rows.row(first + i);
+    for (int column = 0; column < rows.depth; column += kRight) {
+      float* __restrict target = out + static_cast<int64_t>(column) * total + (offset + i) * kRight;
+      if (rows.depth - column >= kRight) {
+        for (int k = 0; k < kRight; ++k) target[k] = widen(source[column + k]);
+      } else {
+        const int valid = rows.depth - column;
+        for (int k = 0; k < kRight; ++k) target[k] = k < valid ? widen(source[column + k]) : 0.0f;
+      }
+    }
+  }
+}
+
+template <int lanes>
+struct Registers {
+  typedef float Vector __attribute__((vector_size(4 * lanes), aligned(4), may_alias));
+  // As many accumulators as leave registers for the operands, two vectors wide.
+  static constexpr int rows = lanes == 16 ? 12 : lanes == 8 ? 6 : 4;
+  static constexpr int columns = 2 * lanes;
+};
+
+// The registers' part of a tile over one chunk of the depth.
+template <int lanes>
+DIFFGAP_HD void multiply_registers(const float* __restrict left, const float* __restrict right, int depth,
+                                   bool add, float* __restrict out, int64_t stride) {
+  using Vector = typename Registers<lanes>::Vector;
+  constexpr int kRows = Registers<lanes>::rows;
+  Vector sum[kRows][2] = {};
+  for (int k = 0; k < depth; ++k) {
+    const Vector right0 = *reinterpret_cast<const Vector*>(right);
+    const Vector right1 = *reinterpret_cast<const Vector*>(right + lanes);
+#pragma GCC unroll 12
+    for (int i = 0; i < kRows; ++i) {
+      sum[i][0] += left[i] * right0;
+      sum[i][1] += left[i] * right1;
+    }
+    left += kLeft;
+    right += kRight;
+  }
+#pragma GCC unroll 12
+  for (int i = 0; i < kRows; ++i) {
+    Vector* target0 = reinterpret_cast<Vector*>(out + i * stride);
+    Vector* target1 = reinterpret_cast<Vector*>(out + i * stride + lanes);
+    *target0 = add ? *target0 + sum[i][0] : sum[i][0];
+    *target1 = add ? *target1 + sum[i][1] : sum[i][1];
+  }
+}
+
+// out (kLeft x kRight, rows `stride` apart) = left panel times right panel, added to what is there if `add`.
+template <int lanes>
+DIFFGAP_HD void multiply_tile(const float* left, const float* right, int depth, bool add, float* out,
+                              int64_t stride) {
+  using Part = Registers<lanes>;
+  for (int first = 0; first < depth; first += kDepthChunk) {
+    const int chunk = depth - first < kDepthChunk ? depth - first : kDepthChunk;
+    for (int i = 0; i < kLeft; i += Part::rows) {
+      for (int j = 0; j < kRight; j += Part::columns) {
+        multiply_registers<lanes>(left + first * kLeft + i, right + first * kRight + j, chunk,
+                                  add || first > 0, out + i * stride + j, stride);
+      }
+    }
+  }
+  if (depth == 0 && !add) {
+    for (int i = 0; i < kLeft; ++i) std::fill_n(out + i * stride, kRight, 0.0f);
+  }
+}
+
+}  // namespace diffgap
