@@ -6,6 +6,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import cases, check, floors, machine, memory, report, runner, schedule, timing
+from benchmarks import cases, check, contrastive, floors, machine, memory, report, runner, schedule, timing
 from benchmarks.__main__ import main
 from benchmarks.cases import Case, Peer
 from diffgap.ops import _dispatch
@@ -39,9 +40,13 @@ def toy_case(call=twice, peers: tuple[Peer, ...] = (), *, learn: bool = False, f
 
 @pytest.fixture(autouse=True)
 def uncompiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The frame does not depend on what torch.compile makes of a call, and compiling takes seconds."""
+    """The frame does not depend on what torch.compile makes of a call, and compiling takes seconds.
+
+    Nor on the number of threads; on a busy machine, two wait for one another much longer than these inputs take.
+    """
     monkeypatch.setattr(torch, "compile", lambda call, **_: call)
     threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
 
@@ -97,6 +102,16 @@ def test_time_interleaved_reports_median_and_quartiles() -> None:
     assert result["f"] == timing.Timing(3.0, 2.0, 5)
 
 
+def test_time_interleaved_ends_at_the_limit_with_two_samples_of_each() -> None:
+    budget = timing.Budget(seconds=1e9, min_rounds=50, turn_seconds=0.0, limit_seconds=0.0, slow_seconds=2.0)
+    durations = {"brief": 1.0, "slow": 3.0}
+    result = timing.time_interleaved(
+        {name: lambda name=name: name for name in durations}, lambda function, calls: durations[function()], budget
+    )
+    # The slow one's warm-up is a sample of its own.
+    assert result == {"brief": timing.Timing(1.0, 0.0, 2), "slow": timing.Timing(3.0, 0.0, 3)}
+
+
 @pytest.mark.parametrize("threads", [1, 2])
 def test_cpu_clock_calls_as_often_as_told(threads: int) -> None:
     count: list[int] = []
@@ -123,6 +138,15 @@ def test_peak_bytes_counts_temporaries_and_memory_torch_does_not_know() -> None:
     assert peak is not None and 31 * mib < peak < 36 * mib
     peak = memory.peak_bytes(lambda: b"\1" * (24 * mib), CPU)
     assert peak is not None and 23 * mib < peak < 28 * mib
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="peak memory on the CPU is read from Linux's /proc")
+@pytest.mark.parametrize(("enough", "calls"), [(1e9, 3), (0.0, 1)])
+def test_peak_bytes_calls_a_slow_function_once(monkeypatch: pytest.MonkeyPatch, enough: float, calls: int) -> None:
+    monkeypatch.setattr(memory, "_ENOUGH_SECONDS", enough)
+    count: list[int] = []
+    memory.peak_bytes(lambda: count.append(1), CPU)
+    assert len(count) == calls
 
 
 def test_traffic_bytes_counts_each_tensor_of_the_dtype_once() -> None:
@@ -156,6 +180,58 @@ def test_mismatch_gives_peers_ten_times_the_room() -> None:
     near = exact.float() * (1 + 5e-5)
     assert check.mismatch((near,), (exact,), None) is None
     assert check.mismatch((near,), (exact,), (exact.float(),)) is not None
+
+
+def test_mismatch_lets_a_peer_return_float32_of_a_low_precision_computation() -> None:
+    exact = torch.ones(100).double()
+    near = exact.float() * (1 + 5e-3)
+    assert check.mismatch((near,), (exact,), None, torch.bfloat16) is None
+    assert check.mismatch((near,), (exact,), None, torch.float32) is not None
+    assert check.mismatch((near,), (exact,), (exact.float(),), torch.bfloat16) is not None
+    assert check.mismatch((exact.float() * 1.05,), (exact,), None, torch.bfloat16) is not None
+
+
+def retrieval_inputs() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Queries, gallery, positives and exact scores; gallery rows 2i and 2i + 1 differ by less than float32 can tell."""
+    generator = torch.Generator().manual_seed(0)
+    q, g = (torch.nn.functional.normalize(torch.randn(n, 32, generator=generator), dim=1) for n in (20, 100))
+    g = g.repeat_interleave(2, dim=0)
+    g[1::2] *= 1 + 2**-20
+    return q, g, torch.randperm(200, generator=generator)[:20], q.double() @ g.double().T
+
+
+def test_ranks_gate_accepts_what_rounding_allows_and_nothing_else() -> None:
+    q, g, positives, scores = retrieval_inputs()
+    target = scores.gather(1, positives[:, None])
+    ranks = (scores > target).sum(dim=1) + 1
+    gate = check.ranks_gate(q, g, positives)
+    assert gate((ranks,)) is None
+    # The positive's twin may stand on either side of it.
+    twin = scores.gather(1, (positives ^ 1)[:, None])
+    swapped = torch.where((twin > target)[:, 0], ranks - 1, ranks + 1)
+    assert gate((swapped,)) is None
+    for wrong in (torch.where((twin > target)[:, 0], ranks + 1, ranks - 1), swapped - 2, swapped + 2):
+        assert "rank of query" in (gate((wrong,)) or "")
+    assert "shape" in (gate((ranks[:5],)) or "")
+
+
+def test_topk_gate_accepts_ties_in_either_order_and_nothing_else() -> None:
+    q, g, _, scores = retrieval_inputs()
+    values, indices = scores.topk(6, dim=1)
+    gate = check.topk_gate(q, g, 6)
+    assert gate((values.float(), indices)) is None
+    assert gate((values.float(), indices ^ 1)) is None
+    changed = indices.clone()
+    changed[3, 2] = changed[3, 3]
+    assert gate((values.float(), changed)) == "repeated index of query 3 is wrong, as of 1 in 20 queries"
+    seventh = scores.topk(8, dim=1)
+    changed = torch.cat([indices[:, :4], seventh.indices[:, 6:]], dim=1)
+    skipped = torch.cat([values[:, :4], seventh.values[:, 6:]], dim=1).float()
+    assert "index of query 0" in (gate((skipped, changed)) or "")
+    assert "value of query 0" in (gate((values.float() + 1e-3, indices)) or "")
+    assert "value of query 0" in (gate((values.float() * float("nan"), indices)) or "")
+    assert "outside" in (gate((values.float(), indices + 200)) or "")
+    assert "shapes" in (gate((values[:, :5].float(), indices[:, :5])) or "")
 
 
 def test_run_case_measures_what_matches_the_oracle() -> None:
@@ -203,6 +279,60 @@ def test_run_case_lists_a_missing_peer_with_its_command() -> None:
     assert not result.failures and len(result.rows) == 3
 
 
+def test_run_case_finds_a_peer_by_its_module_and_leaves_out_another_devices() -> None:
+    peers = (
+        Peer("two_ways", lambda x: lambda: (x + x,), "numpy", module="numpy"),
+        Peer("only_cuda", lambda x: lambda: (x + x,), "no-such-package", devices=("cuda",)),
+    )
+    result = runner.run_case(toy_case(peers=peers), CPU, CLOCK, QUICK)
+    assert [row.impl for row in result.rows] == ["diffgap", "eager", "compile", "two_ways"]
+    assert not result.missing and not result.failures
+
+
+def test_run_case_lists_what_is_infeasible_and_does_not_run_it() -> None:
+    def call(x: Tensor) -> tuple[Tensor]:
+        assert _dispatch._mode != "eager", "neither eager nor compile may run, for the oracle's sake either"
+        return twice(x)
+
+    def never(x: Tensor) -> cases.Run:
+        raise AssertionError
+
+    def doubled(device: torch.device) -> tuple[Tensor]:
+        return (2 * toy_case().inputs(device)["x"].double(),)
+
+    reasons = {"eager": "too large", "compile": "too large", "numpy": "too slow"}
+    case = replace(
+        toy_case(call, peers=(Peer("numpy", never, "numpy"),)), expected=doubled, infeasible=lambda device: reasons
+    )
+    result = runner.run_case(case, CPU, CLOCK, QUICK)
+    assert [row.impl for row in result.rows] == ["diffgap"] and not result.failures
+    assert {(skipped.impl, skipped.reason) for skipped in result.skipped} == set(reasons.items())
+    wrong = replace(case, expected=lambda device: (doubled(device)[0] * (1 + 5e-5),))
+    assert "diffgap: output 0" in runner.run_case(wrong, CPU, CLOCK, QUICK).failures[0], "the contract, without eager"
+
+
+def test_run_case_judges_by_the_cases_gate_and_a_peers_own() -> None:
+    built: list[str] = []
+
+    def gate(x: Tensor) -> cases.Gate:
+        built.append("case")
+        return lambda outputs: None if torch.equal(outputs[0], 2 * x) else "not doubled"
+
+    def peer_gate(x: Tensor) -> cases.Gate:
+        built.append("peer")
+        return lambda outputs: None if torch.equal(outputs[0], 3 * x) else "not trebled"
+
+    peers = (
+        Peer("a", lambda x: lambda: (3 * x,), "numpy", module="numpy", gate=peer_gate),
+        Peer("b", lambda x: lambda: (2 * x,), "numpy", module="numpy", gate=peer_gate),
+        Peer("c", lambda x: lambda: (3 * x,), "numpy", module="numpy"),
+    )
+    result = runner.run_case(replace(toy_case(peers=peers), gate=gate), CPU, CLOCK, QUICK)
+    assert [row.impl for row in result.rows] == ["diffgap", "eager", "compile", "a"]
+    assert [failure.partition(" ")[2] for failure in result.failures] == ["b: not trebled", "c: not doubled"]
+    assert sorted(built) == ["case", "peer"], "a gate is built once"
+
+
 def test_implementations_differentiate_inputs_that_require_a_gradient() -> None:
     case = toy_case(lambda x: (x.square(), x.sum()), learn=True)
     inputs = case.inputs(CPU)
@@ -212,6 +342,55 @@ def test_implementations_differentiate_inputs_that_require_a_gradient() -> None:
     assert gradient.shape == (64, 32) and exact[2].dtype == torch.float64
     assert relative_l2(gradient, exact[2]) < 1e-6
     assert gradient.std() > 0.1
+
+
+# the contrastive family
+
+TINY = (
+    contrastive.clip_case(70, 48, torch.float32),
+    contrastive.clip_case(128, 96, torch.bfloat16),
+    contrastive.siglip_case(70, 48, torch.float32),
+    contrastive.siglip_case(128, 96, torch.bfloat16),
+    contrastive.clip_budget_case(70, 48),
+    *contrastive.retrieval_cases(40, 300, 48),
+)
+
+
+@pytest.mark.parametrize("case", TINY, ids=lambda case: case.name)
+def test_contrastive_case_passes_the_gate(case: Case) -> None:
+    """Every peer that is installed computes what we do."""
+    result = runner.run_case(case, CPU, CLOCK, QUICK)
+    assert not result.failures
+    present = {peer.name for peer in case.on(CPU).peers if not peer.missing}
+    assert {row.impl for row in result.rows} == {"diffgap", "eager", "compile", *present} - set(case.infeasible(CPU))
+
+
+def test_shuffled_copies_have_the_outputs_the_large_case_expects() -> None:
+    """At a size where the eager reference in float64 can still say so."""
+    case = contrastive.clip_large_case(96, 16, copies=8)
+    inputs = case.inputs(CPU)
+    expected = case.expected(CPU)
+    direct = cases.oracle(replace(case, expected=None), inputs)
+    assert max(relative_l2(x, y) for x, y in zip(expected, direct, strict=True)) < 1e-6
+    assert [x.shape for x in expected] == [(), (96, 16), (96, 16), ()]
+    result = runner.run_case(case, CPU, CLOCK, QUICK)
+    assert [row.impl for row in result.rows] == ["diffgap"] and not result.failures
+    assert {skipped.impl for skipped in result.skipped} >= {"eager", "compile", "open_clip"}
+
+
+@pytest.mark.parametrize("size", ["ci", "full"])
+def test_contrastive_names(size: str) -> None:
+    names = [case.name for case in contrastive.cases(size)]
+    assert len(set(names)) == len(names)
+    if size == "full":
+        assert {
+            "clip_loss/fwd+bwd/8192x512/fp32",
+            "clip_loss/fwd+bwd+budget/8192x512/fp32",
+            "clip_loss/fwd+bwd/65536x512/fp32",
+            "siglip_loss/fwd+bwd/8192x512/bf16",
+            "similarity_ranks/fwd/4096x50000x512/fp32",
+            "similarity_topk/fwd/4096x50000x512/fp32",
+        } <= set(names)
 
 
 # the schedule family
@@ -249,7 +428,7 @@ def sample_result() -> tuple[dict[str, object], runner.Result]:
 def test_to_json_holds_the_header_and_rows_of_the_schema() -> None:
     header, result = sample_result()
     document = json.loads(report.to_json(header, result))
-    assert list(document) == ["header", "rows", "failures", "missing"]
+    assert list(document) == ["header", "rows", "failures", "missing", "skipped"]
     assert all(list(row) == ROW_KEYS for row in document["rows"])
     assert {"date", "command", "machine", "versions", "threads", "clock", "device", "backends"} <= set(
         document["header"]
@@ -272,6 +451,20 @@ def test_to_markdown_shows_ratios_floor_missing_and_failures() -> None:
     assert "| fwd/9/fp32 | 1.00 µs | 2.00 µs ± 0.00 ns (50% of floor) |  |" in lines
     assert "- faiss: `pip install faiss-cpu`" in lines and "- bad case" in lines
     assert lines.index("## op (measured)") < lines.index("## op (modelled)")
+
+
+def test_to_markdown_shows_what_was_not_run_and_why() -> None:
+    header, result = sample_result()
+    result.skipped.append(runner.Skipped("op/fwd/9/fp32", "eager", "needs 16 GiB"))
+    result.skipped.append(runner.Skipped("op/fwd/8/fp32", "torch", "takes minutes"))
+    lines = report.to_markdown(header, result).splitlines()
+    assert "| fwd/9/fp32 | 1.00 µs | 2.00 µs ± 0.00 ns (50% of floor) | not run: needs 16 GiB |  |" in lines
+    assert any(line.endswith("(3.00x) | not run: takes minutes |") for line in lines)
+    assert json.loads(report.to_json(header, result))["skipped"][1] == {
+        "case": "op/fwd/8/fp32",
+        "impl": "torch",
+        "reason": "takes minutes",
+    }
 
 
 def test_save_writes_json_tables_and_picture(tmp_path: Path) -> None:

@@ -49,6 +49,7 @@ def test_libraries_use_the_stable_abi_alone() -> None:
 
 INSTRUCTION_SETS = """
 import sys, torch
+from diffgap.ops import clip_loss, siglip_loss, similarity_ranks, similarity_topk
 from diffgap.ops.q_sample import q_sample
 from diffgap.ops.random import normal
 from diffgap.ops.solver_step import COLUMNS, solver_step
@@ -60,6 +61,11 @@ results = [a, b]
 for dtype in (torch.float32, torch.float16, torch.bfloat16):
     results += q_sample(a.to(dtype), seed * 0, table[:, -2:], seed, "v_prediction")
     results += solver_step(a.to(dtype), b.to(dtype), table, 0, seed=seed, x0_norm=9.0, **options)
+    left, right = (x[:, 0].repeat(30, 1).add(x[1, 1]).mul(0.05).to(dtype).requires_grad_() for x in (a, b))
+    for loss in (clip_loss(left, right, 10.0), siglip_loss(left, right, 10.0, -3.0)):
+        results += [loss.detach(), *torch.autograd.grad(loss, (left, right))]
+    results.append(similarity_ranks(left, right, torch.arange(150)))
+    results += similarity_topk(left, right, 40)
 torch.save(results, sys.argv[1])
 """
 

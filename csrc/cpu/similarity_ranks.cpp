@@ -36,63 +36,63 @@ std::vector<int64_t> order_by(const int64_t* ids, int64_t count) {
   return order;
 }
 
-// At most kLeft queries of one id, and the gallery rows of that id: ranges of the two orders.
+// The queries in the order of their ids, the gallery rows that answer any of them in that order too, and each
+// query's range of the latter. Ranges of neighbours are the same or adjacent.
 struct Answers {
-  int64_t query, gallery;
-  int queries;
-  int64_t rows;
+  std::vector<int64_t> queries, gallery, begin, end;
+
+  Answers(const int64_t* ids_q, int64_t n, const int64_t* ids_g, int64_t m) : queries(order_by(ids_q, n)) {
+    const std::vector<int64_t> all = order_by(ids_g, m);
+    begin.resize(n);
+    end.resize(n);
+    for (int64_t i = 0, j = 0; i < n; ++i) {
+      const int64_t id = ids_q[queries[i]];
+      const bool repeated = i > 0 && ids_q[queries[i - 1]] == id;
+      begin[i] = repeated ? begin[i - 1] : static_cast<int64_t>(gallery.size());
+      while (j < m && ids_g[all[j]] <= id) {
+        if (ids_g[all[j]] == id) gallery.push_back(all[j]);
+        ++j;
+      }
+      end[i] = gallery.size();
+    }
+  }
 };
 
-std::vector<Answers> answers_of(const int64_t* ids_q, const std::vector<int64_t>& queries, const int64_t* ids_g,
-                                const std::vector<int64_t>& gallery) {
-  std::vector<Answers> found;
-  const int64_t n = queries.size(), m = gallery.size();
-  for (int64_t i = 0, j = 0; i < n;) {
-    const int64_t id = ids_q[queries[i]];
-    int64_t last = i, end;
-    while (last < n && ids_q[queries[last]] == id) ++last;
-    while (j < m && ids_g[gallery[j]] < id) ++j;
-    for (end = j; end < m && ids_g[gallery[end]] == id;) ++end;
-    for (; i < last; i += kLeft) {
-      found.push_back({i, j, static_cast<int>(std::min<int64_t>(kLeft, last - i)), end - j});
-    }
-    i = last;
-    j = end;
-  }
-  return found;
-}
-
+// The best positive of each query, a panel of queries at a time against all gallery rows that answer one of them.
 template <typename T>
 struct FindTargets {
   template <int lanes>
-  static DIFFGAP_HD void run(const Rows<T>& q, const Rows<T>& g, const Answers* answers, const int64_t* queries,
-                             const int64_t* gallery, const Ranks& ranks, float* left, float* right, int64_t begin,
-                             int64_t end) {
+  static DIFFGAP_HD void run(const Rows<T>& q, const Rows<T>& g, const Answers& answers, const Ranks& ranks,
+                             float* left, float* right, int64_t first_panel, int64_t last_panel) {
     alignas(64) float tile[kLeft * kRight];
-    for (int64_t job = begin; job < end; ++job) {
-      const Answers& of = answers[job];
-      const int64_t* rows = queries + of.query;
-      pack_transposed<kLeft>(Gathered<T>{q, rows}, of.queries, q.depth, left);
-      for (int i = 0; i < of.queries; ++i) {
-        ranks.target[rows[i]] = -kInfinity;
-        ranks.best[rows[i]] = 0;
-      }
-      for (int64_t first = 0; first < of.rows; first += kRight) {
-        const int columns = static_cast<int>(of.rows - first < kRight ? of.rows - first : kRight);
-        pack_transposed<kRight>(Gathered<T>{g, gallery + of.gallery + first}, columns, g.depth, right);
+    for (int64_t panel = first_panel; panel < last_panel; ++panel) {
+      const int64_t first = panel * kLeft;
+      const int count = static_cast<int>(q.count - first < kLeft ? q.count - first : kLeft);
+      pack_transposed<kLeft>(Gathered<T>{q, answers.queries.data() + first}, count, q.depth, left);
+      for (int i = 0; i < count; ++i) ranks.target[answers.queries[first + i]] = -kInfinity;
+      const int64_t stop = answers.end[first + count - 1];
+      for (int64_t row = answers.begin[first]; row < stop; row += kRight) {
+        const int columns = static_cast<int>(stop - row < kRight ? stop - row : kRight);
+        pack_transposed<kRight>(Gathered<T>{g, answers.gallery.data() + row}, columns, g.depth, right);
         multiply_tile<lanes>(left, right, q.depth, false, tile, kRight);
-        for (int i = 0; i < of.queries; ++i) {
-          float& target = ranks.target[rows[i]];
-          int64_t& best = ranks.best[rows[i]];
-          for (int j = 0; j < columns; ++j) {
-            const float score = ordered(tile[i * kRight + j]);
-            if (score > target) best = 0;
-            if (score >= target) {
-              target = score;
-              ++best;
-            }
-          }
+        for (int i = 0; i < count; ++i) {
+          const int from = static_cast<int>(std::max<int64_t>(answers.begin[first + i] - row, 0));
+          const int to = static_cast<int>(std::min<int64_t>(answers.end[first + i] - row, columns));
+          best_of(tile + i * kRight, from, to, ranks, answers.queries[first + i]);
         }
+      }
+    }
+  }
+
+  static void best_of(const float* scores, int from, int to, const Ranks& ranks, int64_t query) {
+    float& target = ranks.target[query];
+    int64_t& best = ranks.best[query];
+    for (int j = from; j < to; ++j) {
+      const float score = ordered(scores[j]);
+      if (score > target) best = 0;
+      if (score >= target) {
+        target = score;
+        ++best;
       }
     }
   }
@@ -134,16 +134,13 @@ std::tuple<Tensor, Tensor, Tensor> similarity_ranks(const Tensor& q, const Tenso
   const Buffer<float> target(n);
   const Ranks ranks{target.data(), mutable_data_of<int64_t>(above), mutable_data_of<int64_t>(tied),
                     mutable_data_of<int64_t>(best)};
-  const std::vector<int64_t> queries = order_by(data_of<int64_t>(own), n);
-  const std::vector<int64_t> gallery = order_by(data_of<int64_t>(other), m);
-  const std::vector<Answers> answers = answers_of(data_of<int64_t>(own), queries, data_of<int64_t>(other), gallery);
+  const Answers answers(data_of<int64_t>(own), n, data_of<int64_t>(other), m);
   for_rows(q, g, [&](const auto& x, const auto& y) {
     using T = std::remove_const_t<std::remove_pointer_t<decltype(x.data)>>;
     constexpr int64_t kGrain = 16;
-    torch::stable::parallel_for(0, answers.size(), kGrain, [&](int64_t begin, int64_t end) {
+    torch::stable::parallel_for(0, (n + kLeft - 1) / kLeft, kGrain, [&](int64_t begin, int64_t end) {
       const Buffer<float> left(int64_t{kLeft} * x.depth), right(int64_t{kRight} * x.depth);
-      run_lanes<FindTargets<T>>(x, y, answers.data(), queries.data(), gallery.data(), ranks, left.data(),
-                                right.data(), begin, end);
+      run_lanes<FindTargets<T>>(x, y, answers, ranks, left.data(), right.data(), begin, end);
     });
     visit_pairs(x, y, CountEpilogue{ranks}, [](int64_t, int) {});
   });

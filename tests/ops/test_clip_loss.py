@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from diffgap.ops._contrastive import positive_weights
+from diffgap.ops._native import CPU_MISSING
 from diffgap.ops.clip_loss import clip_loss
+from tests.helpers import relative_l2
 from tests.ops.contrastive_cases import ROUTES, LargestTensor, assert_matches, gradients, ids_for, leaf, pairs, take
 
 SHAPES = [(1, 8), (7, 100), (70, 64), (100, 512)]
@@ -101,6 +103,20 @@ def test_clip_loss_with_distinct_ids_is_the_plain_loss() -> None:
     torch.testing.assert_close(clip_loss(a, b, 10.0, ids_a=ids, ids_b=ids), clip_loss(a, b, 10.0))
 
 
+@pytest.mark.parametrize("budget", [None, 2**30])
+@pytest.mark.parametrize("with_ids", [False, True])
+def test_clip_loss_over_many_blocks(with_ids: bool, budget: int | None) -> None:
+    """Wide rows, so that kernels cut both sides into several blocks, none of them full."""
+    rows, columns = (500, 470) if with_ids else (500, 500)
+    ids = (ids_for(rows, 90), ids_for(columns, 90, seed=1)) if with_ids else (None, None)
+    positive = ids[0][:, None] == ids[1] if ids[0] is not None else None
+    assert_matches(
+        lambda a, b, s: clip_loss(a, b, s, ids_a=ids[0], ids_b=ids[1], memory_budget=budget),
+        lambda *x: oracle(*x, positive=positive),
+        [*pairs(rows, columns, 2048), leaf(20.0)],
+    )
+
+
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("offset", [0, 5, 14])
 def test_clip_loss_one_sided_looks_for_the_positive_behind_the_offset(offset: int, reduction: Any) -> None:
@@ -158,6 +174,41 @@ def test_clip_loss_is_finite_at_any_scale(scale: float, dtype: torch.dtype) -> N
     loss = clip_loss(*inputs)
     assert loss.isfinite() and loss > 1
     assert all(gradient.isfinite().all() for gradient in gradients(loss, inputs))
+
+
+@pytest.mark.parametrize("budget", [None, 2**20])
+def test_clip_loss_keeps_the_gradient_of_a_nearly_solved_batch(budget: int | None, route: str) -> None:
+    """What is left to learn is about 1e-10 of a softmax: plain float32 rounds it away, a kernel must not."""
+    if route != "native":
+        pytest.skip("the eager forms subtract a softmax of almost 1 from 1")
+    a, b = pairs(64, 64, 128, torch.float32)
+    with torch.no_grad():
+        b.copy_(torch.nn.functional.normalize(a / 2 + b, dim=1))
+    inputs = [a, b, leaf(100.0, torch.float32)]
+    loss = clip_loss(*inputs, memory_budget=budget)
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    expected = oracle(*exact)
+    assert 1e-13 < expected < 1e-6
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-4, atol=0)
+    for actual, wanted in zip(gradients(loss, inputs), gradients(expected, exact), strict=True):
+        # Logits near 100 are themselves only good to 1e-5.
+        assert relative_l2(actual, wanted) < 1e-4
+
+
+@pytest.mark.skipif(CPU_MISSING is not None, reason=str(CPU_MISSING))
+def test_clip_loss_does_not_depend_on_the_number_of_threads(route: str) -> None:
+    if route != "native":
+        pytest.skip("a promise of the kernel")
+    inputs = [*pairs(700, 700, 100), leaf(20.0)]
+    results = []
+    threads = torch.get_num_threads()
+    for count in (1, 2, 7):
+        torch.set_num_threads(count)
+        loss = clip_loss(*inputs)
+        results.append([loss.detach(), *gradients(loss, inputs)])
+    torch.set_num_threads(threads)
+    for other in results[1:]:
+        torch.testing.assert_close(other, results[0], rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from diffgap.ops.siglip_loss import siglip_loss
+from tests.helpers import relative_l2
 from tests.ops.contrastive_cases import ROUTES, LargestTensor, assert_matches, gradients, ids_for, leaf, pairs, take
 
 module = importlib.import_module("diffgap.ops.siglip_loss")
@@ -52,6 +53,48 @@ def test_siglip_loss_matches_the_oracle(rows: int, width: int, reduction: Any) -
         lambda *x: oracle(*x, reduction=reduction),
         [*pairs(rows, rows, width), *learnt()],
     )
+
+
+@pytest.mark.parametrize("with_ids", [False, True])
+def test_siglip_loss_over_many_blocks(with_ids: bool) -> None:
+    """Wide rows, so that kernels cut both sides into several blocks, none of them full."""
+    ids = (ids_for(500, 90), ids_for(510, 90, seed=1)) if with_ids else (None, None)
+    positive = torch.eye(500, 510, dtype=torch.bool) if ids[0] is None else ids[0][:, None] == ids[1]
+    assert_matches(
+        lambda *x: siglip_loss(*x, ids_a=ids[0], ids_b=ids[1]),
+        lambda *x: oracle(*x, positive=positive),
+        [*pairs(500, 510, 2048), *learnt()],
+    )
+
+
+@pytest.mark.parametrize("scale", [10.0, 100.0])
+def test_siglip_loss_keeps_the_gradient_of_a_solved_batch(scale: float, route: str) -> None:
+    """Every pair is classified right by far: only losses and slopes near 0 are left."""
+    a, b = pairs(40, 40, 64, torch.float32)
+    with torch.no_grad():
+        b.copy_(a)
+    inputs = [a, b, leaf(scale, torch.float32), leaf(-scale / 2, torch.float32)]
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    loss, expected = siglip_loss(*inputs), oracle(*exact)
+    # Logits of tens are good to 1e-5 only.
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-4, atol=0)
+    for actual, wanted in zip(gradients(loss, inputs), gradients(expected, exact), strict=True):
+        assert relative_l2(actual, wanted) < 1e-4
+
+
+def test_siglip_loss_does_not_depend_on_the_number_of_threads(route: str) -> None:
+    if route != "native":
+        pytest.skip("a promise of the kernel")
+    inputs = [*pairs(700, 650, 100), *learnt()]
+    results = []
+    threads = torch.get_num_threads()
+    for count in (1, 2, 7):
+        torch.set_num_threads(count)
+        loss = siglip_loss(*inputs, label_offset=None)
+        results.append([loss.detach(), *gradients(loss, inputs)])
+    torch.set_num_threads(threads)
+    for other in results[1:]:
+        torch.testing.assert_close(other, results[0], rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])

@@ -106,6 +106,19 @@ def test_similarity_topk_of_equal_rows_keeps_their_order(
     assert torch.equal(indices, torch.arange(gallery).expand(queries, gallery))
 
 
+@pytest.mark.parametrize(
+    ("queries", "gallery", "width", "k"), [(100, 3000, 7, 1024), (300, 900, 2048, 10), (9, 2000, 3, 100)]
+)
+def test_similarity_topk_over_many_blocks(queries: int, gallery: int, width: int, k: int) -> None:
+    """Whole numbers, so that scores are exact and the order of ties is told too; best rows last, for the worst case."""
+    q, g = integers(queries, width), integers(gallery, width, seed=1)
+    g[gallery // 2 :] += q[0] * torch.linspace(0, 9, gallery - gallery // 2).round()[:, None]
+    values, indices = similarity_topk(q, g, k)
+    expected, order = (q @ g.T).sort(dim=1, descending=True, stable=True)
+    assert torch.equal(values, expected[:, :k])
+    assert torch.equal(indices, order[:, :k])
+
+
 @pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("ties", ["strict", "average"])
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -152,6 +165,21 @@ def test_similarity_ranks_of_a_collapsed_model_are_at_chance(
     assert torch.equal(similarity_ranks(q, g, (groups[positives], groups)), gallery - sizes + 1)
     average = similarity_ranks(q, g, (groups[positives], groups), ties="average")
     torch.testing.assert_close(average, (gallery + 1) / (sizes.double() + 1))
+
+
+@pytest.mark.parametrize("groups", [1, 3, 40, 4000])
+def test_similarity_ranks_over_many_blocks(groups: int) -> None:
+    """From all rows positive to about one each; wide rows, so that kernels cut both sides into several blocks."""
+    q, g = integers(250, 2048), integers(700, 2048, seed=1)
+    ids_q, ids_g = ids_for(250, groups), ids_for(700, groups, seed=1)
+    known = torch.isin(ids_q, ids_g)
+    q, ids_q = q[known], ids_q[known]
+    above, tied, best = similarity_rank_counts(q, g, (ids_q, ids_g))
+    scores, positive = q @ g.T, ids_q[:, None] == ids_g
+    target = scores.masked_fill(~positive, -torch.inf).amax(1, keepdim=True)
+    assert torch.equal(above, ((scores > target) & ~positive).sum(1))
+    assert torch.equal(tied, ((scores == target) & ~positive).sum(1))
+    assert torch.equal(best, ((scores == target) & positive).sum(1))
 
 
 def test_similarity_ranks_of_a_perfect_model_are_one() -> None:
