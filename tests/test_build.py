@@ -71,7 +71,7 @@ torch.save(results, sys.argv[1])
 
 
 @pytest.mark.skipif(CPU_MISSING is not None, reason=str(CPU_MISSING))
-@pytest.mark.parametrize("isa", ["avx2", "baseline"])
+@pytest.mark.parametrize("isa", ["avx512", "avx2", "baseline"])
 def test_every_instruction_set_gives_the_same_numbers(tmp_path: Path, isa: str) -> None:
     results = {}
     for name in ("widest", isa):

@@ -3,7 +3,7 @@
 //
 // A `Body` is a struct with a static, always inlined `run`; everything it calls must be always inlined too
 // (DIFFGAP_HD), because only then is it compiled anew for each instruction set. `run_vectorised` leaves the vectors
-// to the compiler; `run_lanes` calls `run<lanes>` with the float32 lanes of a vector, for loops blocked by hand.
+// to the compiler; `run_blocked` calls `run<Vectors<...>>`, for loops that are blocked by hand.
 #pragma once
 
 #include <cstdlib>
@@ -13,11 +13,18 @@
 
 namespace diffgap {
 
+// float32 lanes of a vector, and whether there is an instruction that multiplies pairs of bfloat16.
+template <int kLanes, bool kBfloat16Pairs = false>
+struct Vectors {
+  static constexpr int lanes = kLanes;
+  static constexpr bool bfloat16_pairs = kBfloat16Pairs;
+};
+
 #if defined(__x86_64__) && defined(__GNUC__)
 
-enum class Isa { kBaseline, kAvx2, kAvx512 };
+enum class Isa { kBaseline, kAvx2, kAvx512, kAvx512Bf16 };
 
-// The widest the machine has; the variable DIFFGAP_CPU_ISA = avx2 or baseline lowers it, for tests.
+// The widest the machine has; the variable DIFFGAP_CPU_ISA = avx512, avx2 or baseline lowers it, for tests.
 inline Isa detect_isa() {
   const char* limit = std::getenv("DIFFGAP_CPU_ISA");
   const bool baseline = limit && std::strcmp(limit, "baseline") == 0;
@@ -27,7 +34,8 @@ inline Isa detect_isa() {
       !__builtin_cpu_supports("avx512dq") || !__builtin_cpu_supports("avx512vl")) {
     return Isa::kAvx2;
   }
-  return Isa::kAvx512;
+  const bool without_pairs = limit && std::strcmp(limit, "avx512") == 0;
+  return without_pairs || !__builtin_cpu_supports("avx512bf16") ? Isa::kAvx512 : Isa::kAvx512Bf16;
 }
 
 template <typename Body, typename... Args>
@@ -44,6 +52,7 @@ template <typename Body, typename... Args>
 void run_vectorised(const Args&... args) {
   static const Isa isa = detect_isa();
   switch (isa) {
+    case Isa::kAvx512Bf16:
     case Isa::kAvx512:
       return run_avx512<Body>(args...);
     case Isa::kAvx2:
@@ -53,24 +62,26 @@ void run_vectorised(const Args&... args) {
   }
 }
 
-template <typename Body, int lanes>
-struct WithLanes {
+template <typename Body, typename Width>
+struct Blocked {
   template <typename... Args>
   static DIFFGAP_HD void run(const Args&... args) {
-    Body::template run<lanes>(args...);
+    Body::template run<Width>(args...);
   }
 };
 
 template <typename Body, typename... Args>
-void run_lanes(const Args&... args) {
+void run_blocked(const Args&... args) {
   static const Isa isa = detect_isa();
   switch (isa) {
+    case Isa::kAvx512Bf16:
+      return run_avx512<Blocked<Body, Vectors<16, true>>>(args...);
     case Isa::kAvx512:
-      return run_avx512<WithLanes<Body, 16>>(args...);
+      return run_avx512<Blocked<Body, Vectors<16>>>(args...);
     case Isa::kAvx2:
-      return run_avx2<WithLanes<Body, 8>>(args...);
+      return run_avx2<Blocked<Body, Vectors<8>>>(args...);
     case Isa::kBaseline:
-      return Body::template run<4>(args...);
+      return Body::template run<Vectors<4>>(args...);
   }
 }
 
@@ -82,8 +93,8 @@ void run_vectorised(const Args&... args) {
 }
 
 template <typename Body, typename... Args>
-void run_lanes(const Args&... args) {
-  Body::template run<4>(args...);  // NEON's and SSE's width
+void run_blocked(const Args&... args) {
+  Body::template run<Vectors<4>>(args...);  // NEON's and SSE's width
 }
 
 #endif

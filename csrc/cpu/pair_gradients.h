@@ -13,8 +13,8 @@ struct PairBlock {
   Rows<T> a, b;
   int64_t row, column;
   int rows, columns;
-  float* left;          // rows of a as left panels, depth D
-  float* columns_of_b;  // rows of b as columns, depth D
+  void* left;           // rows of a as left panels, depth D
+  void* columns_of_b;   // rows of b as columns, depth D
   float* rows_of_b;     // rows of b as a right operand of depth `columns`
   float* rows_of_a;     // rows of a as a right operand of depth `rows`
   float* g;             // G as left panels of its rows, depth `columns`
@@ -29,14 +29,13 @@ struct PairBlock {
 
 template <typename T>
 struct PackBlockColumns {
-  template <int>
+  template <typename Width>
   static DIFFGAP_HD void run(const PairBlock<T>& block, bool products, int64_t begin, int64_t end) {
+    if (products) PackColumns<T>::template run<Width>(block.b, block.column, block.columns, block.columns_of_b, begin, end);
     for (int64_t job = begin; job < end; ++job) {
       const int offset = static_cast<int>(job) * kColumns;
       const int count = block.columns - offset < kColumns ? block.columns - offset : kColumns;
-      const int64_t first = block.column + offset;
-      if (products) pack_panels<kRight>(block.b, first, count, block.columns_of_b + int64_t{offset} * block.b.depth);
-      pack_right(block.b, first, count, offset, block.columns, block.rows_of_b);
+      pack_right(block.b, block.column + offset, count, offset, block.columns, block.rows_of_b);
     }
   }
 };
@@ -66,7 +65,7 @@ struct StoreTile {
 // G of groups begin to end of the block's rows.
 template <typename T, typename Epilogue>
 struct ComputeWeights {
-  template <int lanes>
+  template <typename Width>
   static DIFFGAP_HD void run(const PairBlock<T>& block, const Epilogue& epilogue, const float* stored,
                              int64_t begin, int64_t end) {
     const StoreTile<T, Epilogue> store{block, epilogue};
@@ -78,9 +77,11 @@ struct ComputeWeights {
         read_tiles(block, stored, row, rows, store);
         continue;
       }
-      float* left = block.left + int64_t{offset} * block.a.depth;
-      pack_panels<kLeft>(block.a, row, rows, left);
-      visit_tiles<lanes>(left, block.columns_of_b, block.a.depth, row, rows, block.column, block.columns, store);
+      using Operand = OperandOf<Width, T>;
+      auto* left = as_operand<Operand>(block.left) + int64_t{offset} * steps_of<Operand>(block.a.depth);
+      pack_panels<Operand, kLeft>(block.a, row, rows, left);
+      visit_tiles<Width, Operand>(left, as_operand<Operand>(block.columns_of_b), block.a.depth, row, rows,
+                                  block.column, block.columns, store);
     }
   }
 
@@ -104,7 +105,7 @@ struct ComputeWeights {
 // The block's share of the gradients: first the groups of its rows, then those of its columns.
 template <typename T>
 struct MultiplyWeights {
-  template <int lanes>
+  template <typename Width>
   static DIFFGAP_HD void run(const PairBlock<T>& block, int64_t row_groups, int64_t begin, int64_t end) {
     const int depth = block.a.depth;
     for (int64_t job = begin; job < end; ++job) {
@@ -115,12 +116,12 @@ struct MultiplyWeights {
       const float* left = (of_rows ? block.g : block.g_transposed) + int64_t{offset} * summed;
       const float* right = of_rows ? block.rows_of_b : block.rows_of_a;
       float* out = of_rows ? block.grad_a + (block.row + offset) * depth : block.grad_b + (block.column + offset) * depth;
-      add_product<lanes>(left, right, summed, count, depth, out);
+      add_product<Width>(left, right, summed, count, depth, out);
     }
   }
 
   // out (count x depth, row-major) += left (count rows) * right, summed over `summed` terms.
-  template <int lanes>
+  template <typename Width>
   static DIFFGAP_HD void add_product(const float* left, const float* right, int summed, int count, int depth,
                                      float* out) {
     alignas(64) float edge[kLeft * kRight];
@@ -130,10 +131,10 @@ struct MultiplyWeights {
         const float* rows = left + int64_t{i} * summed;
         float* target = out + int64_t{i} * depth + j;
         if (count - i >= kLeft && depth - j >= kRight) {
-          multiply_tile<lanes>(rows, panel, summed, true, target, depth);
+          multiply_tile<Width, Floats>(rows, panel, summed, true, target, depth);
           continue;
         }
-        multiply_tile<lanes>(rows, panel, summed, false, edge, kRight);
+        multiply_tile<Width, Floats>(rows, panel, summed, false, edge, kRight);
         for (int k = 0; k < kLeft && k < count - i; ++k) {
           for (int l = 0; l < kRight && l < depth - j; ++l) target[int64_t{k} * depth + l] += edge[k * kRight + l];
         }
@@ -172,17 +173,17 @@ struct PairGradients {
                          rows_of_a.data(), g.data(), g_transposed.data(),
                          mutable_data_of<float>(a), mutable_data_of<float>(b)};
       torch::stable::parallel_for(0, groups_of(columns), 1, [&](int64_t begin, int64_t end) {
-        run_lanes<PackBlockColumns<T>>(block, !stored, begin, end);
+        run_blocked<PackBlockColumns<T>>(block, !stored, begin, end);
       });
       for (int64_t row = 0; row < x.count; row += height) {
         block.row = row;
         block.rows = static_cast<int>(std::min<int64_t>(height, x.count - row));
         const int64_t row_groups = groups_of(block.rows);
         torch::stable::parallel_for(0, row_groups, 1, [&](int64_t begin, int64_t end) {
-          run_lanes<ComputeWeights<T, Epilogue>>(block, epilogue, stored, begin, end);
+          run_blocked<ComputeWeights<T, Epilogue>>(block, epilogue, stored, begin, end);
         });
         torch::stable::parallel_for(0, row_groups + groups_of(columns), 1, [&](int64_t begin, int64_t end) {
-          run_lanes<MultiplyWeights<T>>(block, row_groups, begin, end);
+          run_blocked<MultiplyWeights<T>>(block, row_groups, begin, end);
         });
       }
     }

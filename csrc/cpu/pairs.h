@@ -37,33 +37,35 @@ inline int block_columns(int depth, int64_t bytes, int64_t columns) {
 
 inline int64_t groups_of(int64_t rows) { return (rows + kGroup - 1) / kGroup; }
 
+// Room for packed operands, whichever the machine's form of them is.
+template <typename Operand>
+typename Operand::Element* as_operand(void* memory) {
+  return static_cast<typename Operand::Element*>(memory);
+}
+
 // Packs rows of `source` as columns of a product, one job of kColumns each.
 template <typename T>
 struct PackColumns {
-  template <int>
-  static DIFFGAP_HD void run(const Rows<T>& source, int64_t first, int count, float* out, int64_t begin, int64_t end) {
+  template <typename Width>
+  static DIFFGAP_HD void run(const Rows<T>& source, int64_t first, int count, void* out, int64_t begin, int64_t end) {
+    using Operand = OperandOf<Width, T>;
     for (int64_t job = begin; job < end; ++job) {
-      const int offset = static_cast<int>(job) * kColumns;
-      const int rows = std::min(count - offset, kColumns);
-      pack_panels<kRight>(source, first + offset, rows, out + static_cast<int64_t>(offset) * source.depth);
+      const int64_t offset = job * kColumns;
+      const int rows = static_cast<int>(std::min<int64_t>(count - offset, kColumns));
+      pack_panels<Operand, kRight>(source, first + offset, rows,
+                                   as_operand<Operand>(out) + offset * steps_of<Operand>(source.depth));
     }
   }
 };
 
-template <typename T>
-void pack_columns(const Rows<T>& source, int64_t first, int count, float* out) {
-  torch::stable::parallel_for(0, groups_of(count), 1, [&](int64_t begin, int64_t end) {
-    run_lanes<PackColumns<T>>(source, first, count, out, begin, end);
-  });
-}
-
 // The tiles of one group of rows (in `left`, packed) and a block of columns (in `right`, packed), in an order in
 // which the columns stay in the second-level cache while the rows go by.
-template <int lanes, typename Epilogue>
-DIFFGAP_HD void visit_tiles(const float* left, const float* right, int depth, int64_t row, int rows, int64_t column,
-                            int columns, const Epilogue& epilogue) {
+template <typename Width, typename Operand, typename Epilogue>
+DIFFGAP_HD void visit_tiles(const typename Operand::Element* left, const typename Operand::Element* right, int depth,
+                            int64_t row, int rows, int64_t column, int columns, const Epilogue& epilogue) {
   constexpr int kSecondLevelBytes = 400 << 10;
-  const int fitting = kSecondLevelBytes / (4 * (depth > 0 ? depth : 1)) / kColumns * kColumns;
+  const int64_t steps = steps_of<Operand>(depth);
+  const int fitting = kSecondLevelBytes / (4 * (steps > 0 ? static_cast<int>(steps) : 1)) / kColumns * kColumns;
   const int step = fitting > kColumns ? fitting : kColumns;
   alignas(64) float tile[kLeft * kColumns];
   for (int first = 0; first < columns; first += step) {
@@ -73,8 +75,7 @@ DIFFGAP_HD void visit_tiles(const float* left, const float* right, int depth, in
         const Place place{row + i, column + j, rows - i < kLeft ? rows - i : kLeft,
                           last - j < kColumns ? last - j : kColumns, j};
         for (int k = 0; k < place.columns; k += kRight) {
-          multiply_tile<lanes>(left + static_cast<int64_t>(i) * depth, right + static_cast<int64_t>(j + k) * depth,
-                               depth, false, tile + k, kColumns);
+          multiply_tile<Width, Operand>(left + i * steps, right + (j + k) * steps, depth, false, tile + k, kColumns);
         }
         epilogue.tile(place, tile);
       }
@@ -85,14 +86,16 @@ DIFFGAP_HD void visit_tiles(const float* left, const float* right, int depth, in
 // Groups `begin` to `end` of the rows of `a` against one block of columns.
 template <typename T, typename Epilogue>
 struct VisitGroups {
-  template <int lanes>
-  static DIFFGAP_HD void run(const Rows<T>& a, const float* right, int64_t column, int columns,
-                             const Epilogue& epilogue, float* left, int64_t begin, int64_t end) {
+  template <typename Width>
+  static DIFFGAP_HD void run(const Rows<T>& a, void* right, int64_t column, int columns, const Epilogue& epilogue,
+                             void* scratch, int64_t begin, int64_t end) {
+    using Operand = OperandOf<Width, T>;
+    auto* left = as_operand<Operand>(scratch);
     for (int64_t group = begin; group < end; ++group) {
       const int64_t row = group * kGroup;
       const int rows = static_cast<int>(a.count - row < kGroup ? a.count - row : kGroup);
-      pack_panels<kLeft>(a, row, rows, left);
-      visit_tiles<lanes>(left, right, a.depth, row, rows, column, columns, epilogue);
+      pack_panels<Operand, kLeft>(a, row, rows, left);
+      visit_tiles<Width, Operand>(left, as_operand<Operand>(right), a.depth, row, rows, column, columns, epilogue);
     }
   }
 };
@@ -111,10 +114,13 @@ void visit_pairs(const Rows<T>& a, const Rows<T>& b, const Epilogue& epilogue, c
   const Buffer<float> right(static_cast<int64_t>(step) * b.depth);
   for (int64_t column = 0; column < b.count; column += step) {
     const int columns = static_cast<int>(std::min<int64_t>(step, b.count - column));
-    pack_columns(b, column, columns, right.data());
+    torch::stable::parallel_for(0, groups_of(columns), 1, [&](int64_t begin, int64_t end) {
+      run_blocked<PackColumns<T>>(b, column, columns, static_cast<void*>(right.data()), begin, end);
+    });
     torch::stable::parallel_for(0, groups_of(a.count), 1, [&](int64_t begin, int64_t end) {
       const Buffer<float> left(static_cast<int64_t>(kGroup) * a.depth);
-      run_lanes<VisitGroups<T, Epilogue>>(a, right.data(), column, columns, epilogue, left.data(), begin, end);
+      run_blocked<VisitGroups<T, Epilogue>>(a, static_cast<void*>(right.data()), column, columns, epilogue,
+                                            static_cast<void*>(left.data()), begin, end);
     });
     after(column, columns);
   }

@@ -61,20 +61,23 @@ struct Answers {
 // The best positive of each query, a panel of queries at a time against all gallery rows that answer one of them.
 template <typename T>
 struct FindTargets {
-  template <int lanes>
+  template <typename Width>
   static DIFFGAP_HD void run(const Rows<T>& q, const Rows<T>& g, const Answers& answers, const Ranks& ranks,
-                             float* left, float* right, int64_t first_panel, int64_t last_panel) {
+                             void* left_scratch, void* right_scratch, int64_t first_panel, int64_t last_panel) {
+    using Operand = OperandOf<Width, T>;
+    auto* left = as_operand<Operand>(left_scratch);
+    auto* right = as_operand<Operand>(right_scratch);
     alignas(64) float tile[kLeft * kRight];
     for (int64_t panel = first_panel; panel < last_panel; ++panel) {
       const int64_t first = panel * kLeft;
       const int count = static_cast<int>(q.count - first < kLeft ? q.count - first : kLeft);
-      pack_transposed<kLeft>(Gathered<T>{q, answers.queries.data() + first}, count, q.depth, left);
+      pack_transposed<Operand, kLeft>(Gathered<T>{q, answers.queries.data() + first}, count, q.depth, left);
       for (int i = 0; i < count; ++i) ranks.target[answers.queries[first + i]] = -kInfinity;
       const int64_t stop = answers.end[first + count - 1];
       for (int64_t row = answers.begin[first]; row < stop; row += kRight) {
         const int columns = static_cast<int>(stop - row < kRight ? stop - row : kRight);
-        pack_transposed<kRight>(Gathered<T>{g, answers.gallery.data() + row}, columns, g.depth, right);
-        multiply_tile<lanes>(left, right, q.depth, false, tile, kRight);
+        pack_transposed<Operand, kRight>(Gathered<T>{g, answers.gallery.data() + row}, columns, g.depth, right);
+        multiply_tile<Width, Operand>(left, right, q.depth, false, tile, kRight);
         for (int i = 0; i < count; ++i) {
           const int from = static_cast<int>(std::max<int64_t>(answers.begin[first + i] - row, 0));
           const int to = static_cast<int>(std::min<int64_t>(answers.end[first + i] - row, columns));
@@ -140,7 +143,8 @@ std::tuple<Tensor, Tensor, Tensor> similarity_ranks(const Tensor& q, const Tenso
     constexpr int64_t kGrain = 16;
     torch::stable::parallel_for(0, (n + kLeft - 1) / kLeft, kGrain, [&](int64_t begin, int64_t end) {
       const Buffer<float> left(int64_t{kLeft} * x.depth), right(int64_t{kRight} * x.depth);
-      run_lanes<FindTargets<T>>(x, y, answers, ranks, left.data(), right.data(), begin, end);
+      run_blocked<FindTargets<T>>(x, y, answers, ranks, static_cast<void*>(left.data()),
+                                  static_cast<void*>(right.data()), begin, end);
     });
     visit_pairs(x, y, CountEpilogue{ranks}, [](int64_t, int) {});
   });
