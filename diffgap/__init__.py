@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from diffgap.models.bridge import DiffGAP
     from diffgap.models.settings import BridgeSettings
     from diffgap.ops import adaln, attention, backend, explain
+    from diffgap.ring_loss import ring_clip_loss, ring_siglip_loss
 
 _HOMES = {
     "BridgeSettings": "diffgap.models.settings",
@@ -32,6 +33,8 @@ _HOMES = {
     "backend": "diffgap.ops",
     "explain": "diffgap.ops",
     "load_stamps": "diffgap.data.stamps",
+    "ring_clip_loss": "diffgap.ring_loss",
+    "ring_siglip_loss": "diffgap.ring_loss",
 }
 
 __all__ = [
@@ -47,6 +50,8 @@ __all__ = [
     "backend",
     "explain",
     "load_stamps",
+    "ring_clip_loss",
+    "ring_siglip_loss",
 ]
 
 

@@ -1,20 +1,27 @@
-"""Drop-in replacements of open_clip's contrastive losses, on :func:`clip_loss` and :func:`siglip_loss`.
+"""Drop-in replacements of open_clip's contrastive losses, on :func:`clip_loss`, :func:`siglip_loss` and their rings.
 
 The same constructor and call as ``open_clip.loss.ClipLoss`` and ``SigLipLoss`` (3.3.0 and main), the same
 loss and, under ``DistributedDataParallel``, the same gradients. What differs: the loss is float32 also for
 float16 and bfloat16 embeddings and inside autocast, and the gradient of ``ClipLoss``'s ``logit_bias`` is
 exactly 0, as it should be.
+
+Both are a ``loss_fn(x, y)`` once a scale is bound, as by ``functools.partial(ClipLoss(), logit_scale=20.0)``: that is
+GradCache's ``loss_fn``, and with this scale sentence-transformers' in-batch loss in both directions.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from diffgap.ops._contrastive import block_bytes
 from diffgap.ops.clip_loss import clip_loss
 from diffgap.ops.siglip_loss import siglip_loss
+from diffgap.ring_loss import ring_clip_loss, ring_siglip_loss
 
 _SIGLIP_EXCHANGES = ("bidir", "shift", "reduce", "gather")
 
@@ -43,21 +50,27 @@ def _one_dtype(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     return a.to(dtype), b.to(dtype)
 
 
-def _gather_with_grad(x: Tensor) -> Tensor:
-    """Rows of all ranks; the gradients all ranks have for this rank's rows are summed."""
-    # Here, because a torch built without distributed lacks the module.
-    from torch.distributed._functional_collectives import all_gather_tensor_autograd
-
-    world = dist.group.WORLD
-    assert world is not None, "_check_group has passed"
-    return all_gather_tensor_autograd(x.contiguous(), gather_dim=0, group=world)
-
-
 def _gather(x: Tensor) -> Tensor:
     """Rows of all ranks, without gradient."""
-    gathered = x.new_empty((dist.get_world_size() * x.shape[0], x.shape[1]))
-    dist.all_gather_into_tensor(gathered, x.detach().contiguous())
+    gathered = x.new_empty((dist.get_world_size() * x.shape[0], *x.shape[1:]))
+    dist.all_gather(list(gathered.chunk(dist.get_world_size())), x.detach().contiguous())
     return gathered
+
+
+class _GatherWithGrad(torch.autograd.Function):
+    """Rows of all ranks; the gradients all ranks have for this rank's rows are summed."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return _gather(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        # A reduce-scatter, by hand: not every version of gloo has one.
+        received = torch.empty_like(grad, memory_format=torch.contiguous_format)
+        dist.all_to_all_single(received, grad.contiguous())
+        return received.unflatten(0, (dist.get_world_size(), -1)).sum(dim=0)
 
 
 def gather_rows(x: Tensor) -> Tensor:
@@ -68,8 +81,8 @@ def gather_rows(x: Tensor) -> Tensor:
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return x
     if x.is_floating_point():
-        return _gather_with_grad(x)
-    return _gather(x.flatten(1) if x.dim() > 1 else x[:, None]).view(-1, *x.shape[1:])
+        return _GatherWithGrad.apply(x)
+    return _gather(x)
 
 
 class ClipLoss(nn.Module):
@@ -77,9 +90,10 @@ class ClipLoss(nn.Module):
 
     Args:
         local_loss: Every rank computes the loss of its own rows against all ranks' embeddings, instead of the
-            whole.
-        gather_with_grad: Gradients flow back through the gathered embeddings to the ranks they came from.
-            Without it a rank differentiates only its own rows; with ``local_loss`` too, only as queries.
+            whole. With ``gather_with_grad`` this is :func:`ring_clip_loss`, which gathers nothing and whose
+            memory does not grow with the number of ranks; the other three modes gather the embeddings.
+        gather_with_grad: Gradients flow back to the ranks the embeddings came from. Without it a rank
+            differentiates only its own rows; with ``local_loss`` too, only as queries.
         cache_labels: Accepted; there are no label tensors to cache.
         rank: This process's rank.
         world_size: Number of processes. Above 1, the default process group is used, and every rank must have
@@ -89,6 +103,8 @@ class ClipLoss(nn.Module):
     Raises:
         ValueError: Horovod, a rank outside the world, or a process group of another rank or size.
         RuntimeError: ``world_size`` above 1 and no process group.
+
+    An uneven last batch needs ``drop_last=True`` in the data loader; the ring says so on every rank.
     """
 
     def __init__(
@@ -123,6 +139,9 @@ class ClipLoss(nn.Module):
         image, text = _one_dtype(image_features, text_features)
         if self.world_size == 1:
             loss = clip_loss(image, text, logit_scale)
+        elif self.local_loss and self.gather_with_grad:
+            _check_group(self.rank, self.world_size)
+            loss = ring_clip_loss(image, text, logit_scale)
         elif self.local_loss:
             all_image, all_text = self._gather_all(image), self._gather_all(text)
             first = self.rank * image.shape[0]
@@ -140,7 +159,7 @@ class ClipLoss(nn.Module):
     def _gather_all(self, x: Tensor) -> Tensor:
         _check_group(self.rank, self.world_size)
         if self.gather_with_grad:
-            return _gather_with_grad(x)
+            return _GatherWithGrad.apply(x)
         gathered = _gather(x)
         if self.local_loss:
             return gathered
@@ -155,9 +174,10 @@ class SigLipLoss(nn.Module):
         cache_labels: Accepted; there are no label tensors to cache.
         rank: This process's rank.
         world_size: Number of processes. Above 1, the default process group is used, and every rank must have
-            the same number of rows.
+            the same number of rows: an uneven last batch needs ``drop_last=True`` in the data loader.
         dist_impl: ``"bidir"``, ``"shift"``, ``"reduce"`` or ``"gather"``, or ``None``: open_clip's ways to
-            move the text features. They differ in transfers, not in the loss; here all of them gather.
+            move the text features. They differ in transfers, not in the loss; here all of them are
+            :func:`ring_siglip_loss`.
         chunk_size: Rows of the similarity matrix held at a time where no kernel runs; 0 is all of them. The
             backward pass recomputes them, so unlike open_clip's this bounds the memory of training too.
 
@@ -198,10 +218,10 @@ class SigLipLoss(nn.Module):
         """The loss of (N, D) features of this rank, or ``{"contrastive_loss": loss}``; see
         :func:`siglip_loss`."""
         image, text = _one_dtype(image_features, text_features)
-        first = 0
-        if self.world_size > 1:
-            _check_group(self.rank, self.world_size)
-            first, text = self.rank * text.shape[0], _gather_with_grad(text)
         budget = self.chunk_size * block_bytes(image, text.shape[0]) or None
-        loss = siglip_loss(image, text, logit_scale, logit_bias, label_offset=first, memory_budget=budget)
+        if self.world_size == 1:
+            loss = siglip_loss(image, text, logit_scale, logit_bias, memory_budget=budget)
+        else:
+            _check_group(self.rank, self.world_size)
+            loss = ring_siglip_loss(image, text, logit_scale, logit_bias, memory_budget=budget)
         return {"contrastive_loss": loss} if output_dict else loss

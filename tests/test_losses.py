@@ -6,6 +6,7 @@ import importlib.util
 import inspect
 import os
 import socket
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from diffgap.losses import ClipLoss, SigLipLoss
+from tests.ops.contrastive_cases import LargestTensor
 
 WORLD = 2
 CLIP_OPTIONS = [
@@ -171,6 +173,10 @@ def run_rank(rank: int, port: int, results: Any) -> None:
     found = {}
     for name, ours, options in configurations():
         place = {"rank": rank, "world_size": WORLD}
+        with warnings.catch_warnings(), LargestTensor() as largest:
+            warnings.simplefilter("error", FutureWarning)  # torch deprecates its collectives with one
+            evaluate(ours(**options, **place), *local, torch.tensor(10.0), torch.tensor(-5.0))
+        found[f"{name} {options} largest"] = largest.elements
         actual = train_step(model, ours(**options, **place), *local)
         expected = train_step(model, getattr(PEER, name)(**options, **place), *local) if PEER else None
         found[f"{name} {options}"] = actual, expected
@@ -216,3 +222,13 @@ def test_losses_under_ddp_equal_one_process_with_the_whole_batch(
     local = [found[f"{name} {options}"][0] for found in ranks]
     torch.testing.assert_close(torch.stack([x[0] for x in local]).mean(), whole[0])
     torch.testing.assert_close(local[0][1:], whole[1:], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("name", "ours", "options"), configurations())
+def test_losses_that_ride_the_ring_gather_no_features(
+    ranks: list[dict[str, Any]], name: str, ours: type[nn.Module], options: dict[str, Any]
+) -> None:
+    features_of_a_rank = 7 * 24
+    rings = name == "SigLipLoss" or all(options.values())
+    for found in ranks:
+        assert (found[f"{name} {options} largest"] == features_of_a_rank) == rings
