@@ -18,10 +18,11 @@ from benchmarks.runner import Result, run_case
 from benchmarks.timing import Budget, Clock, CpuClock, CudaClock
 
 #: One module of this package each, with a function ``cases(size)``.
-FAMILIES = ("schedule",)
+FAMILIES = ("schedule", "contrastive")
 
-#: Seconds of timing per case, by size.
+#: Seconds of timing per case, by size, and after how many the rounds end though there were fewer than five.
 _SECONDS = {"ci": 0.3, "full": 2.0}
+_LIMIT_SECONDS = {"ci": 5.0, "full": 60.0}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -65,7 +66,8 @@ def main(argv: Sequence[str]) -> int:
     device = torch.device(args.device)
     clock = CudaClock() if device.type == "cuda" else CpuClock(args.threads)
     description = header(device, clock, argv, (peer.install for case in cases for peer in case.peers))
-    result = run(cases, device, clock, Budget(args.seconds or _SECONDS[args.size]))
+    budget = Budget(args.seconds or _SECONDS[args.size], limit_seconds=_LIMIT_SECONDS[args.size])
+    result = run(cases, device, clock, budget)
     print(to_markdown(description, result))
     if args.json is not None:
         for path in save(args.json, description, result):

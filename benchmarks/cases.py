@@ -1,13 +1,14 @@
 """What a benchmark case is, and how it becomes functions to time.
 
 A case names an operation and builds its inputs. The frame derives three implementations from the one call
-(native, eager, compiled eager) and the float64 oracle; the case adds the peers.
+(native, eager, compiled eager) and the float64 oracle; the case adds the peers, and says where an oracle or an
+implementation cannot be had.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Container, Iterator, Mapping
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from typing import Any
 
@@ -19,6 +20,8 @@ from diffgap.ops._dispatch import Backend, backend
 Inputs = dict[str, Any]
 Outputs = tuple[Tensor, ...]
 Run = Callable[[], Outputs]
+#: Why outputs are wrong, or ``None`` if they are right.
+Gate = Callable[[Outputs], str | None]
 
 
 @dataclass(frozen=True)
@@ -26,22 +29,34 @@ class Peer:
     """Another package's way to do what a case does.
 
     Attributes:
-        name: Its name in the tables: the package's, or "torch" for what one would write without any.
+        name: Its name in the tables: the package's, or one that begins with "torch" for what one would write
+            without any.
         prepare: Given the case's inputs (keyword arguments), the function to time. It may return the first
-            of the case's outputs only, unless the case has gradients.
+            of the case's outputs only, unless the case has gradients or the peer a gate.
         install: What ``pip install`` takes.
         draws: The case's oracle for a peer with random numbers of its own, given the inputs in float64 (and
             ``draw_dtype``, the case's dtype), right after ``torch.manual_seed(0)``. ``None``: the case's own.
+        module: What must be importable; ``None``: the name.
+        devices: Where it runs; on others it is left out.
+        gate: Given the inputs, judges a peer that answers the case's question in another form.
     """
 
     name: str
     prepare: Callable[..., Run]
     install: str
     draws: Callable[..., Outputs] | None = None
+    module: str | None = None
+    devices: tuple[str, ...] = ("cpu", "cuda")
+    gate: Callable[..., Gate] | None = None
 
     @property
     def missing(self) -> bool:
-        return find_spec(self.name) is None
+        return find_spec(self.module or self.name) is None
+
+
+def everything_feasible(device: torch.device) -> Mapping[str, str]:
+    """No implementation is out of reach."""
+    return {}
 
 
 @dataclass(frozen=True)
@@ -56,6 +71,9 @@ class Case:
         call: The public operation.
         peers: Whom to compare with.
         flops: Operations of the matrix products the result needs at least, for the floor.
+        expected: The outputs in float64, where the eager reference in float64 takes too long; ``None``: by that.
+        gate: Given the inputs, judges the outputs where closeness to an oracle does not: indices, ranks.
+        infeasible: On a device, the implementations that must not run, and why; the tables show it.
     """
 
     name: str
@@ -64,9 +82,16 @@ class Case:
     call: Callable[..., Outputs]
     peers: tuple[Peer, ...] = ()
     flops: float = 0.0
+    expected: Callable[[torch.device], Outputs] | None = None
+    gate: Callable[..., Gate] | None = None
+    infeasible: Callable[[torch.device], Mapping[str, str]] = everything_feasible
+
+    def on(self, device: torch.device) -> Case:
+        """The case with the peers that run on ``device``."""
+        return replace(self, peers=tuple(peer for peer in self.peers if device.type in peer.devices))
 
 
-def implementations(case: Case, inputs: Inputs) -> dict[str, Run]:
+def implementations(case: Case, inputs: Inputs, without: Container[str] = ()) -> dict[str, Run]:
     """The functions to time by name: the public call, its eager form, that compiled, and the peers."""
     compiled = torch.compile(case.call, fullgraph=True, dynamic=False)
     forward: dict[str, Run] = {
@@ -74,12 +99,15 @@ def implementations(case: Case, inputs: Inputs) -> dict[str, Run]:
         "eager": _under("eager", lambda: case.call(**inputs)),
         "compile": _under("eager", lambda: compiled(**inputs)),
     }
-    forward |= {peer.name: peer.prepare(**inputs) for peer in case.peers if not peer.missing}
-    return {name: differentiated(run, inputs) for name, run in forward.items()}
+    present = [peer for peer in case.peers if not peer.missing and peer.name not in without]
+    forward |= {peer.name: peer.prepare(**inputs) for peer in present}
+    return {name: differentiated(run, inputs) for name, run in forward.items() if name not in without}
 
 
 def oracle(case: Case, inputs: Inputs) -> Outputs:
-    """What the case returns for its inputs in float64, by the eager reference."""
+    """What the case returns for its inputs in float64, by the eager reference unless it has another source."""
+    if case.expected is not None:
+        return case.expected(next(tensors(inputs)).device)
     exact = in_float64(inputs)
     return differentiated(_under("eager", lambda: case.call(**exact)), exact)()
 

@@ -10,12 +10,16 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from benchmarks.report import OURS, implementations, operation, operations, plural
-from benchmarks.runner import Row
+from benchmarks.report import implementations, operation, operations, plural
+from benchmarks.runner import OURS, Row
 
-# Okabe and Ito's palette, told apart by colour-blind readers too; shapes repeat the distinction.
-_COLOURS = ("#D55E00", "#000000", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442")
-_MARKERS = "osD^vPX*"
+# Okabe and Ito's palette, told apart by colour-blind readers too, and three darker ones; shapes repeat the distinction.
+_COLOURS = (
+    *("#D55E00", "#000000", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442"),
+    *("#882255", "#777777", "#332288"),
+)
+_MARKERS = "osD^vPX*<>p"
+_LEGEND_COLUMNS = 6
 _LINE_INCHES = 0.24
 
 
@@ -41,7 +45,7 @@ def draw(path: Path, header: dict[str, Any], rows: Sequence[Row]) -> None:
     handles = {line.get_label(): line for axes in grid.flat for line in axes.get_lines()}
     shown = [name for name in names if name in handles]
     lines = [handles[name] for name in shown]
-    figure.legend(lines, shown, loc="outside lower center", ncols=len(shown), frameon=False)
+    figure.legend(lines, shown, loc="outside lower center", ncols=min(len(shown), _LEGEND_COLUMNS), frameon=False)
     figure.savefig(path, dpi=110)
 
 

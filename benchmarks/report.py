@@ -8,10 +8,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks.runner import Result, Row
+from benchmarks.runner import OURS, Result, Row, Skipped
 from diffgap._files import atomic_file
-
-OURS = "diffgap"
 
 
 def save(path: Path, header: dict[str, Any], result: Result) -> list[Path]:
@@ -30,13 +28,14 @@ def save(path: Path, header: dict[str, Any], result: Result) -> list[Path]:
 
 
 def to_json(header: dict[str, Any], result: Result) -> str:
-    """One object of ``header``, ``rows``, ``failures`` and ``missing``, one row a line."""
+    """One object of ``header``, ``rows``, ``failures``, ``missing`` and ``skipped``, one row a line."""
     rows = ",\n    ".join(json.dumps(asdict(row)) for row in result.rows)
     parts = {
         "header": json.dumps(header, indent=2).replace("\n", "\n  "),
         "rows": f"[\n    {rows}\n  ]" if rows else "[]",
         "failures": json.dumps(result.failures),
         "missing": json.dumps(result.missing),
+        "skipped": json.dumps([asdict(skipped) for skipped in result.skipped]),
     }
     return "{\n" + ",\n".join(f'  "{name}": {text}' for name, text in parts.items()) + "\n}\n"
 
@@ -61,7 +60,9 @@ def to_markdown(header: dict[str, Any], result: Result) -> str:
     for kind in ("measured", "modelled"):
         rows = [row for row in result.rows if row.kind == kind]
         for op in operations(rows):
-            lines += _section(op, kind, header, [row for row in rows if operation(row) == op])
+            backend = header["backends"].get(op)
+            note = f"diffgap here is {backend}." if backend and kind == "measured" else ""
+            lines += section(f"{op} ({kind})", [row for row in rows if operation(row) == op], result.skipped, note)
     if result.missing:
         lines += ["## Missing peers", ""]
         lines += [f"- {name}: `{command}`" for name, command in result.missing.items()] + [""]
@@ -85,25 +86,31 @@ def implementations(rows: Sequence[Row]) -> list[str]:
     return list(dict.fromkeys(row.impl for row in rows))
 
 
-def _section(op: str, kind: str, header: dict[str, Any], rows: Sequence[Row]) -> list[str]:
-    backend = header["backends"].get(op)
-    note = [f"diffgap here is {backend}.", ""] if backend and kind == "measured" else []
-    lines = [f"## {op} ({kind})", "", *note]
-    lines += _table(rows, _time_cell, floor=True)
+def section(title: str, rows: Sequence[Row], skipped: Sequence[Skipped], note: str = "") -> list[str]:
+    """A heading and the tables of one operation on one device."""
+    lines = [f"## {title}", "", *([note, ""] if note else [])]
+    lines += table(rows, _time_cell, skipped, floor=True)
     if any(row.peak_bytes is not None for row in rows):
-        lines += ["Peak extra memory:", "", *_table(rows, _memory_cell, floor=False)]
+        lines += ["Peak extra memory:", "", *table(rows, _memory_cell, floor=False)]
     return lines
 
 
-def _table(rows: Sequence[Row], cell: Callable[[Row, Row], str], *, floor: bool) -> list[str]:
-    """One line per case and one column per implementation; the others are relative to diffgap's."""
-    names = implementations(rows)
+def table(
+    rows: Sequence[Row], cell: Callable[[Row, Row], str], skipped: Sequence[Skipped] = (), *, floor: bool
+) -> list[str]:
+    """One line per case and one column per implementation; the others are relative to diffgap's.
+
+    What was ``skipped`` in one of the cases has its reason in place of a value.
+    """
+    reasons = {(entry.case, entry.impl): f"not run: {entry.reason}" for entry in skipped}
+    shown = {row.case for row in rows}
+    names = list(dict.fromkeys([*implementations(rows), *(impl for case, impl in reasons if case in shown)]))
     head = ["case", *(["floor"] if floor else []), *names]
     lines = ["| " + " | ".join(head) + " |", "|---" + "|---:" * (len(head) - 1) + "|"]
     for case in dict.fromkeys(row.case for row in rows):
         of_case = {row.impl: row for row in rows if row.case == case}
         ours = of_case[OURS]
-        cells = [cell(of_case[name], ours) if name in of_case else "" for name in names]
+        cells = [cell(of_case[name], ours) if name in of_case else reasons.get((case, name), "") for name in names]
         label = case.partition("/")[2]
         lines.append("| " + " | ".join([label, *([seconds(ours.floor_s)] if floor else []), *cells]) + " |")
     return [*lines, ""]
@@ -112,7 +119,8 @@ def _table(rows: Sequence[Row], cell: Callable[[Row, Row], str], *, floor: bool)
 def _time_cell(row: Row, ours: Row) -> str:
     ratio = f"{row.median_s / ours.median_s:.2f}x"
     relative = f"{row.floor_s / row.median_s:.0%} of floor" if row is ours else ratio
-    return f"{seconds(row.median_s)} ± {seconds(row.iqr_s)} ({relative})"
+    spread = f" ± {seconds(row.iqr_s)}" if row.kind == "measured" else ""
+    return f"{seconds(row.median_s)}{spread} ({relative})"
 
 
 def _memory_cell(row: Row, ours: Row) -> str:

@@ -8,6 +8,7 @@ clock's resolution does not matter.
 
 from __future__ import annotations
 
+import math
 import random
 import statistics
 import time
@@ -26,10 +27,12 @@ class Budget:
 
     Attributes:
         seconds: Start no further round after this long.
-        min_rounds: Rounds to run even so.
+        min_rounds: Rounds to run even so, within ``limit_seconds``.
+        limit_seconds: Start no further round after this long, warm-up included, once all have two samples.
         max_rounds: Rounds after which the median does not get better.
         sample_seconds: Shortest sample; a faster function is called repeatedly.
         turn_seconds: A turn ends after this long, and holds at least one sample.
+        slow_seconds: A call this long needs no warm-up of its own, and the first one counts as a sample.
     """
 
     seconds: float
@@ -37,6 +40,8 @@ class Budget:
     max_rounds: int = 200
     sample_seconds: float = 1e-3
     turn_seconds: float = 5e-3
+    limit_seconds: float = math.inf
+    slow_seconds: float = 2.0
 
 
 @dataclass(frozen=True)
@@ -117,12 +122,17 @@ def time_interleaved(functions: Mapping[Key, Callable[[], object]], clock: Clock
     Returns:
         One :class:`Timing` per key.
     """
-    calls = {key: _calls_per_sample(function, clock, budget) for key, function in functions.items()}
-    samples: dict[Key, list[float]] = {key: [] for key in functions}
+    begin = time.perf_counter()
+    warm = {key: _calls_per_sample(function, clock, budget) for key, function in functions.items()}
+    calls = {key: count for key, (count, _) in warm.items()}
+    samples = {key: [duration] if duration >= budget.slow_seconds else [] for key, (_, duration) in warm.items()}
     order, shuffle = list(functions), random.Random(0).shuffle
     start = time.perf_counter()
     for completed in range(budget.max_rounds):
-        if completed >= budget.min_rounds and time.perf_counter() - start > budget.seconds:
+        now = time.perf_counter()
+        if completed >= budget.min_rounds and now - start > budget.seconds:
+            break
+        if now - begin > budget.limit_seconds and all(len(values) >= 2 for values in samples.values()):
             break
         shuffle(order)
         for key in order:
@@ -133,12 +143,12 @@ def time_interleaved(functions: Mapping[Key, Callable[[], object]], clock: Clock
     return {key: _summary(values) for key, values in samples.items()}
 
 
-def _calls_per_sample(function: Callable[[], object], clock: Clock, budget: Budget) -> int:
-    """Calls that fill a sample, by doubling; the calls made on the way are the warm-up."""
+def _calls_per_sample(function: Callable[[], object], clock: Clock, budget: Budget) -> tuple[int, float]:
+    """Calls that fill a sample, by doubling, and what one took; the calls made on the way are the warm-up."""
     calls = 1
-    while clock(function, calls) * calls < budget.sample_seconds:
+    while (duration := clock(function, calls)) * calls < budget.sample_seconds:
         calls *= 2
-    return calls
+    return calls, duration
 
 
 def _summary(samples: list[float]) -> Timing:

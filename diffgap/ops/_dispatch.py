@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any, Literal, get_args
 
 import torch
@@ -159,6 +160,20 @@ def define(schema: str, default: Callable[..., Any], fake: Callable[..., Any]) -
     _LIBRARY.impl(name, default, "CompositeExplicitAutograd")
     torch.library.register_fake(f"diffgap::{name}", fake, lib=_LIBRARY)
     return getattr(torch.ops.diffgap, name).default
+
+
+def implement(native: Native, module: str, **functions: str) -> None:
+    """Run functions of ``module`` as the CUDA implementations of registered ops, ``op="function"``, if ``native`` can.
+
+    The module is imported at the first call, because importing triton takes long.
+    """
+
+    def bind(function: str) -> Callable[..., Any]:
+        return lambda *args: getattr(import_module(module), function)(*args)
+
+    if native.missing is None:
+        for op, function in functions.items():
+            _LIBRARY.impl(op, bind(function), "CUDA")
 
 
 def vjp(

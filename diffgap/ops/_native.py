@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -29,3 +30,13 @@ CPU_MISSING = _load("_C_cpu", "a C++20 compiler")
 
 #: Why the CUDA kernels cannot run here, or ``None``. Loaded only where there is a GPU.
 CUDA_MISSING = _load("_C_cuda", "nvcc") if torch.cuda.is_available() else "no CUDA device is visible"
+
+
+def _triton_obstacle() -> str | None:
+    if not torch.cuda.is_available():
+        return "no CUDA device is visible"
+    return None if find_spec("triton") else "triton is not installed; run: pip install triton"
+
+
+#: Why the Triton kernels cannot run here, or ``None``. Triton itself is imported at the first call of a kernel.
+TRITON_MISSING = _triton_obstacle()

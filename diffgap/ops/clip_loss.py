@@ -34,7 +34,7 @@ from diffgap.ops._contrastive import (
     positive_weights,
     scalar,
 )
-from diffgap.ops._native import CPU_MISSING
+from diffgap.ops._native import CPU_MISSING, TRITON_MISSING
 
 
 def clip_loss(
@@ -283,7 +283,8 @@ def _backward_fake(a: Tensor, b: Tensor, logit_scale: Tensor, *rest: Any) -> tup
     return a.new_empty(a.shape, dtype=dtype), b.new_empty(b.shape, dtype=dtype), torch.empty_like(logit_scale)
 
 
-_dispatch.declare("clip_loss", cpu=_dispatch.Native("C++", DTYPES, CPU_MISSING))
+_TRITON = _dispatch.Native("Triton", DTYPES, TRITON_MISSING)
+_dispatch.declare("clip_loss", cpu=_dispatch.Native("C++", DTYPES, CPU_MISSING), cuda=_TRITON)
 _INPUTS = "Tensor a, Tensor b, Tensor logit_scale, Tensor? ids_a, Tensor? ids_b"
 _forward_op = _dispatch.define(
     f"clip_loss({_INPUTS}, Tensor? weights_a, Tensor? weights_b, bool one_sided, int? label_offset, "
@@ -298,6 +299,7 @@ _backward_op = _dispatch.define(
     _backward,
     _backward_fake,
 )
+_dispatch.implement(_TRITON, "diffgap.kernels.clip_loss", clip_loss="forward", clip_loss_backward="backward")
 
 
 def backward_factors(grad: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:

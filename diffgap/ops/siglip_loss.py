@@ -29,7 +29,7 @@ from diffgap.ops._contrastive import (
     pair_ids,
     scalar,
 )
-from diffgap.ops._native import CPU_MISSING
+from diffgap.ops._native import CPU_MISSING, TRITON_MISSING
 
 
 def siglip_loss(
@@ -148,7 +148,8 @@ def _backward_fake(
     return torch.empty_like(grad_rows), *grads
 
 
-_dispatch.declare("siglip_loss", cpu=_dispatch.Native("C++", DTYPES, CPU_MISSING))
+_TRITON = _dispatch.Native("Triton", DTYPES, TRITON_MISSING)
+_dispatch.declare("siglip_loss", cpu=_dispatch.Native("C++", DTYPES, CPU_MISSING), cuda=_TRITON)
 _INPUTS = (
     "Tensor a, Tensor b, Tensor logit_scale, Tensor logit_bias, Tensor? ids_a, Tensor? ids_b, "
     "int? label_offset, int? memory_budget"
@@ -159,6 +160,7 @@ _backward_op = _dispatch.define(
     _backward,
     _backward_fake,
 )
+_dispatch.implement(_TRITON, "diffgap.kernels.siglip_loss", siglip_loss="forward", siglip_loss_backward="backward")
 
 
 class _SiglipLoss(torch.autograd.Function):

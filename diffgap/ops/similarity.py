@@ -25,7 +25,7 @@ from torch import Tensor
 
 from diffgap.ops import _dispatch
 from diffgap.ops._contrastive import DTYPES, check_embeddings, check_integers, compute_dtype
-from diffgap.ops._native import CPU_MISSING
+from diffgap.ops._native import CPU_MISSING, TRITON_MISSING
 
 Ties = Literal["strict", "average"]
 Positives = Tensor | tuple[Tensor, Tensor]
@@ -185,13 +185,15 @@ def _ranks_fake(q: Tensor, g: Tensor, ids_q: Tensor, ids_g: Tensor) -> tuple[Ten
     return torch.empty_like(ids_q), torch.empty_like(ids_q), torch.empty_like(ids_q)
 
 
-_dispatch.declare("similarity_topk", cpu=_dispatch.Native("C++", DTYPES, CPU_MISSING))
+_TRITON = _dispatch.Native("Triton", DTYPES, TRITON_MISSING)
+_dispatch.declare("similarity_topk", cpu=_dispatch.Native("C++", DTYPES, CPU_MISSING), cuda=_TRITON)
 _topk_op = _dispatch.define(
     "similarity_topk(Tensor q, Tensor g, int k) -> (Tensor, Tensor)", similarity_topk_reference, _topk_fake
 )
-_dispatch.declare("similarity_ranks", cpu=_dispatch.Native("C++", DTYPES, CPU_MISSING))
+_dispatch.declare("similarity_ranks", cpu=_dispatch.Native("C++", DTYPES, CPU_MISSING), cuda=_TRITON)
 _ranks_op = _dispatch.define(
     "similarity_ranks(Tensor q, Tensor g, Tensor ids_q, Tensor ids_g) -> (Tensor, Tensor, Tensor)",
     similarity_ranks_reference,
     _ranks_fake,
 )
+_dispatch.implement(_TRITON, "diffgap.kernels.similarity", similarity_topk="topk", similarity_ranks="ranks")

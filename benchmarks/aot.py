@@ -1,0 +1,120 @@
+"""Compiles Triton kernels for a GPU that is not there, exactly as a launch function would launch them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import triton
+from diffgap.kernels import clip_loss, siglip_loss, similarity
+from diffgap.kernels._tiles import TILES, Product
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+#: Chips that every kernel is compiled for.
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "sm_120": GPUTarget("cuda", 120, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+
+
+class _Driver:
+    """What Triton asks of a driver in order to compile."""
+
+    def __init__(self, target: GPUTarget) -> None:
+        self._target = target
+
+    def get_current_target(self) -> GPUTarget:
+        return self._target
+
+    def get_current_device(self) -> int:
+        # Kernels are cached by device.
+        return list(TARGETS.values()).index(self._target)
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+@contextmanager
+def _compiling(target: GPUTarget, compiled: dict[str, Any]) -> Iterator[None]:
+    """Inside, a launch compiles its kernel and launches nothing."""
+    launch, driver = JITFunction.run, triton.runtime.driver._active
+
+    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        compiled[self.fn.__name__] = launch(self, *args, grid=grid, warmup=True, **options)
+        return compiled[self.fn.__name__]
+
+    triton.runtime.driver.set_active(_Driver(target))
+    JITFunction.run = compile_only
+    try:
+        yield
+    finally:
+        JITFunction.run = launch
+        triton.runtime.driver._active = driver
+
+
+def compile_launches(target: str, launch: Callable[[], object]) -> dict[str, Any]:
+    """Every kernel that ``launch`` would launch, compiled for a chip of :data:`TARGETS`, by name.
+
+    ``launch`` gets CPU tensors of the sizes of interest; their values are never read. Argument types, alignments and
+    compile-time constants are thus those of a real call.
+    """
+    compiled: dict[str, Any] = {}
+    with _compiling(TARGETS[target], compiled):
+        launch()
+    return compiled
+
+
+def contrastive_kernels(target: str, product: Product, width: int = 512) -> dict[str, Any]:
+    """The kernels of the contrastive ops with the configuration they ship with for a chip, compiled, by
+    ``op/variant/kernel``."""
+    tile = TILES[target, product]
+    dtype = torch.bfloat16 if product == "half" else torch.float32
+    a, scale, none = torch.zeros(1024, width, dtype=dtype), torch.ones(()), torch.zeros(0, 0)
+    vector, lse, logits, ids = torch.zeros(1024), torch.zeros(1024, 2), torch.zeros(1024, 1024), torch.arange(1024)
+    factors, no_columns = (lse, lse, vector, vector, vector, vector), (lse, lse[:0], vector, vector[:0])
+    weights = (vector, vector)
+    one_sided = (*no_columns, vector, vector[:0])
+    launches: dict[str, Callable[[], object]] = {
+        "clip_loss/diagonal": lambda: clip_loss.forward(
+            a, a, scale, None, None, None, None, False, 0, None, False, tile
+        ),
+        "clip_loss/ids": lambda: clip_loss.forward(a, a, scale, ids, ids, *weights, False, None, None, True, tile),
+        "clip_loss/one_sided": lambda: clip_loss.forward(
+            a, a, scale, None, None, None, None, True, 0, None, False, tile
+        ),
+        "clip_loss_backward/diagonal": lambda: clip_loss.backward(
+            a, a, scale, None, None, *factors, none, 0, None, tile
+        ),
+        "clip_loss_backward/ids": lambda: clip_loss.backward(a, a, scale, ids, ids, *factors, none, None, None, tile),
+        "clip_loss_backward/logits": lambda: clip_loss.backward(
+            a, a, scale, None, None, *factors, logits, 0, None, tile
+        ),
+        "clip_loss_backward/one_sided": lambda: clip_loss.backward(
+            a, a, scale, None, None, *one_sided, none, 0, None, tile
+        ),
+        "siglip_loss/diagonal": lambda: siglip_loss.forward(a, a, scale, scale, None, None, 0, None, tile),
+        "siglip_loss_backward/diagonal": lambda: siglip_loss.backward(
+            vector, a, a, scale, scale, None, None, 0, None, tile
+        ),
+        "siglip_loss_backward/ids": lambda: siglip_loss.backward(
+            vector, a, a, scale, scale, ids, ids, None, None, tile
+        ),
+        "similarity_ranks/ids": lambda: similarity.ranks(a, a, ids, ids, tile),
+        "similarity_topk/k=10": lambda: similarity.topk(a, a, 10, tile),
+    }
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if product == "tf32" else "highest")
+    try:
+        return {
+            f"{case}/{kernel.strip('_').removesuffix('_kernel')}": compiled
+            for case, launch in launches.items()
+            for kernel, compiled in compile_launches(target, launch).items()
+        }
+    finally:
+        torch.set_float32_matmul_precision(precision)

@@ -1,0 +1,124 @@
+"""What a compiled kernel uses and executes, read from its cubin with the tools inside the triton package."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import triton
+
+_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+# By the pipe that executes them: comparisons, minima and selections of floats go through the integer pipe.
+_PIPES = {
+    "tensor": ("HMMA", "HGMMA", "UTCHMMA", "UTCQMMA", "IMMA", "BMMA", "OMMA", "QMMA"),
+    "mufu": ("MUFU",),
+    "fp32": ("FADD", "FMUL", "FFMA", "FSWZADD", "HADD", "HMUL", "HFMA"),
+    "load_store": ("LD", "ST", "ATOM", "RED", "SHFL", "UBLKCP", "UTMA", "UTCCP"),
+    "integer": (
+        "IADD", "IMAD", "IMNMX", "VIMNMX", "VIADD", "ISETP", "ISCADD", "IABS", "LOP", "SHF", "LEA", "SEL", "PRMT",
+        "MOV", "POPC", "FLO", "SGXT", "BMSK", "FMNMX", "FSEL", "FSETP", "PLOP", "F2F", "I2F", "F2I",
+    ),
+}  # fmt: skip
+
+_LABEL = re.compile(r"^\s*(\.L_x_\d+):")
+_INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)([.\w]*)([^;]*);")
+_TARGET = re.compile(r"\((\.L_x_\d+)\)")
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What one program takes: registers a thread, shared memory, and local memory (spills) a thread, in bytes."""
+
+    registers: int
+    shared_bytes: int
+    local_bytes: int
+
+
+@dataclass(frozen=True)
+class LoopCounts:
+    """Instructions of one warp by pipe."""
+
+    tensor: int
+    mufu: int
+    fp32: int
+    integer: int
+    load_store: int
+
+
+def _run(tool: str, compiled: Any, *options: str) -> str:
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernel.cubin"
+        cubin.write_bytes(compiled.asm["cubin"])
+        done = subprocess.run([str(_TOOLS / tool), *options, str(cubin)], capture_output=True, text=True, check=True)
+    return done.stdout
+
+
+def sass(compiled: Any) -> str:
+    """Disassembly of a kernel that Triton compiled for an NVIDIA chip."""
+    return _run("nvdisasm", compiled, "-c")
+
+
+def resources(compiled: Any) -> Resources:
+    """Registers, shared and local memory of a kernel that Triton compiled for an NVIDIA chip.
+
+    Raises:
+        ValueError: the tool's output has another form than is known here.
+    """
+    usage = _run("cuobjdump", compiled, "--dump-resource-usage")
+    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", usage)
+    if found is None:
+        raise ValueError(f"cuobjdump: expected REG, STACK, SHARED and LOCAL, got {usage!r}")
+    registers, stack, static_shared, local = map(int, found.groups())
+    return Resources(registers, int(compiled.metadata.shared) + static_shared, stack + local)
+
+
+def _loops_and_code(text: str) -> tuple[list[tuple[int, int]], list[str]]:
+    """Loops as first and last instruction, and the mnemonics (opcode and modifiers) of all instructions."""
+    labels: dict[str, int] = {}
+    code: list[str] = []
+    loops: list[tuple[int, int]] = []
+    for line in text.splitlines():
+        if label := _LABEL.match(line):
+            labels[label[1]] = len(code)
+        elif instruction := _INSTRUCTION.match(line):
+            target = _TARGET.search(line)
+            if instruction[1] == "BRA" and target is not None and target[1] in labels:
+                loops.append((labels[target[1]], len(code)))
+            code.append(instruction[1] + instruction[2])
+    return [loop for loop in loops if loop[0] < loop[1]], code
+
+
+def _count(code: list[str]) -> LoopCounts:
+    counts = dict.fromkeys(_PIPES, 0)
+    for mnemonic in code:
+        # Instructions of the uniform datapath (UIADD3, ULDC, ...) go to none of the pipes, but UTC and UBLKCP do.
+        pipe = next((pipe for pipe, names in _PIPES.items() if mnemonic.startswith(names)), None)
+        if pipe is not None:
+            counts[pipe] += 1
+    return LoopCounts(**counts)
+
+
+def _main_loop(text: str) -> tuple[tuple[int, int], list[str]]:
+    """The hottest loop: of the innermost ones, that with the most products, or instructions where none has any."""
+    loops, code = _loops_and_code(text)
+    innermost = [x for x in loops if not any(x != y and x[0] <= y[0] and y[1] <= x[1] for y in loops)]
+    if not innermost:
+        return (0, -1), code
+    return max(innermost, key=lambda x: (_count(code[x[0] : x[1] + 1]).tensor, x[1] - x[0])), code
+
+
+def loop_counts(sass: str) -> LoopCounts:
+    """Instructions in one pass of the hottest loop, that over the width of the embeddings; zeros without a loop."""
+    (first, last), code = _main_loop(sass)
+    return _count(code[first : last + 1])
+
+
+def rest_counts(sass: str) -> LoopCounts:
+    """Instructions outside the hottest loop, each counted once: what a tile costs besides its product."""
+    (first, last), code = _main_loop(sass)
+    return _count(code[:first] + code[last + 1 :])
