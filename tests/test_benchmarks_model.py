@@ -73,8 +73,8 @@ def test_instructions_scale_with_the_tensor_instructions_and_the_tiles(model: Mo
     # An HMMA of a warp multiplies 16 x 8 x 16; for every 32 of them, two instructions of 32 lanes, in two kernels.
     assert fp32(fp32=2) == pytest.approx(2 * 32768**2 * 512 / 2048 / 32 * 2 * 32)
     assert fp32(tensor=64, fp32=4) == pytest.approx(fp32(fp32=2))
-    # Tiles of 128 x 128 by 8 warps of 32 lanes.
-    assert fp32(rest_fp32=3) == pytest.approx(2 * 256**2 * 8 * 32 * 3)
+    # Tiles of 128 x 128 forward, and of 128 x 64 for the gradient, by 8 warps of 32 lanes.
+    assert fp32(rest_fp32=3) == pytest.approx((256**2 + 256 * 512) * 8 * 32 * 3)
 
 
 def test_model_rows_are_modelled_and_above_the_floor(model: ModuleType) -> None:
