@@ -166,29 +166,43 @@ _dispatch.implement(_TRITON, "diffgap.kernels.siglip_loss", siglip_loss="forward
 class _SiglipLoss(torch.autograd.Function):
     """Row losses, or their sum. The sum's gradient is known but for one factor, so one pass gives loss and
     gradients; they wait in the compute dtype, for in float16 they could underflow before a loss scale
-    multiplies them."""
+    multiplies them. They are multiplied in place: a copy would double the memory of the loss. So a second
+    backward pass through a retained graph computes them again."""
 
     @staticmethod
     def forward(ctx: Any, summed: bool, *arguments: Any) -> Tensor:
         ctx.summed, ctx.options = summed, arguments[6:]
-        ctx.dtypes = [x.dtype for x in arguments[:4]]
         if not summed:
             ctx.save_for_backward(*arguments[:6])
             return _forward_op(*arguments)
-        a = arguments[0]
-        rows, *grads = _backward_op(a.new_ones(a.shape[0], dtype=compute_dtype(a)), *arguments)
-        ctx.save_for_backward(*grads)
+        rows, *grads = _backward_op(_ones(arguments[0]), *arguments)
+        # Inside a graph nothing may be kept aside and changed; there the compiler plans the memory.
+        graph = torch.compiler.is_compiling()
+        ctx.save_for_backward(*arguments[:6], *(grads if graph else ()))
+        ctx.grads = None if graph else grads
         return rows.sum()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        if ctx.summed:
-            grads = [grad * x for x in ctx.saved_tensors]
+        inputs, kept = ctx.saved_tensors[:6], ctx.saved_tensors[6:]
+        if not ctx.summed:
+            _, *grads = _backward_op(grad.contiguous(), *inputs, *ctx.options)
+        elif kept:
+            grads = [grad * x for x in kept]
         else:
-            _, *grads = _backward_op(grad.contiguous(), *ctx.saved_tensors, *ctx.options)
-        casted = (x.to(dtype) for x, dtype in zip(grads, ctx.dtypes, strict=True))
-        return None, *casted, None, None, None, None
+            grads, ctx.grads = ctx.grads, None
+            if grads is None:
+                _, *grads = _backward_op(_ones(inputs[0]), *inputs, *ctx.options)
+            for x in grads:
+                x.mul_(grad)
+        for index, x in enumerate(inputs[:4]):
+            grads[index] = grads[index].to(x.dtype)  # one by one, each freeing what it converts
+        return None, *grads, None, None, None, None
+
+
+def _ones(a: Tensor) -> Tensor:
+    return a.new_ones(a.shape[0], dtype=compute_dtype(a))
 
 
 def _registered(summed: bool, *arguments: Any) -> Tensor:

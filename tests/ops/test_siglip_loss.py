@@ -266,6 +266,15 @@ def test_siglip_loss_without_gradient_gives_the_same_loss(reduction: Any) -> Non
     torch.testing.assert_close(actual, expected.detach())
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_siglip_loss_differentiates_a_retained_graph_again(reduction: Any) -> None:
+    inputs = [*pairs(6, 6, 8), *learnt()]
+    loss = siglip_loss(*inputs, reduction=reduction)
+    passes = [torch.autograd.grad(loss.sum() * factor, inputs, retain_graph=True) for factor in (1.0, 3.0, 1.0)]
+    torch.testing.assert_close(passes[2], passes[0], rtol=0, atol=0)
+    torch.testing.assert_close(passes[1], tuple(3 * x for x in passes[0]))
+
+
 def test_siglip_loss_gradcheck(route: str) -> None:
     if route == "native":
         pytest.skip("kernels take no float64")
