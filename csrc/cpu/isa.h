@@ -20,6 +20,11 @@ struct Vectors {
   static constexpr bool bfloat16_pairs = kBfloat16Pairs;
 };
 
+template <typename Body, typename... Args>
+__attribute__((noinline)) void run_baseline(const Args&... args) {
+  Body::run(args...);
+}
+
 #if defined(__x86_64__) && defined(__GNUC__)
 
 enum class Isa { kBaseline, kAvx2, kAvx512, kAvx512Bf16 };
@@ -39,12 +44,12 @@ inline Isa detect_isa() {
 }
 
 template <typename Body, typename... Args>
-__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma"))) void run_avx512(const Args&... args) {
+__attribute__((noinline, target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma"))) void run_avx512(const Args&... args) {
   Body::run(args...);
 }
 
 template <typename Body, typename... Args>
-__attribute__((target("avx2,fma"))) void run_avx2(const Args&... args) {
+__attribute__((noinline, target("avx2,fma"))) void run_avx2(const Args&... args) {
   Body::run(args...);
 }
 
@@ -59,6 +64,19 @@ void run_vectorised(const Args&... args) {
       return run_avx2<Body>(args...);
     case Isa::kBaseline:
       return Body::run(args...);
+  }
+}
+
+// Runs a body inside another one for the same vectors, but in a function of its own, so that what surrounds an inner
+// loop takes none of its registers.
+template <typename Width, typename Body, typename... Args>
+DIFFGAP_HD void run_apart(const Args&... args) {
+  if constexpr (Width::lanes == 16) {
+    run_avx512<Body>(args...);
+  } else if constexpr (Width::lanes == 8) {
+    run_avx2<Body>(args...);
+  } else {
+    run_baseline<Body>(args...);
   }
 }
 
@@ -90,6 +108,11 @@ void run_blocked(const Args&... args) {
 template <typename Body, typename... Args>
 void run_vectorised(const Args&... args) {
   Body::run(args...);
+}
+
+template <typename Width, typename Body, typename... Args>
+DIFFGAP_HD void run_apart(const Args&... args) {
+  run_baseline<Body>(args...);
 }
 
 template <typename Body, typename... Args>

@@ -14,6 +14,7 @@
 #include <type_traits>
 
 #include "common/macros.h"
+#include "cpu/isa.h"
 #include "cpu/tile.h"
 
 namespace diffgap {
@@ -189,25 +190,35 @@ DIFFGAP_HD void multiply_registers(const Element* __restrict left, const Element
   }
 }
 
+template <typename Width, typename Operand>
+struct MultiplyTile {
+  using Element = typename Operand::Element;
+  using Part = Registers<Width::lanes>;
+
+  static DIFFGAP_HD void run(const Element* left, const Element* right, int depth, bool add, float* out,
+                             int64_t stride) {
+    constexpr int kChunk = kDepthChunk / Operand::terms;
+    const int steps = steps_of<Operand>(depth);
+    for (int first = 0; first < steps; first += kChunk) {
+      const int chunk = steps - first < kChunk ? steps - first : kChunk;
+      for (int i = 0; i < kLeft; i += Part::rows) {
+        for (int j = 0; j < kRight; j += Part::columns) {
+          multiply_registers<Width::lanes>(left + first * kLeft + i, right + first * kRight + j, chunk,
+                                           add || first > 0, out + i * stride + j, stride);
+        }
+      }
+    }
+    if (depth == 0 && !add) {
+      for (int i = 0; i < kLeft; ++i) std::fill_n(out + i * stride, kRight, 0.0f);
+    }
+  }
+};
+
 // out (kLeft x kRight, rows `stride` apart) = left panel times right panel, added to what is there if `add`.
 template <typename Width, typename Operand>
 DIFFGAP_HD void multiply_tile(const typename Operand::Element* left, const typename Operand::Element* right,
                               int depth, bool add, float* out, int64_t stride) {
-  using Part = Registers<Width::lanes>;
-  constexpr int kChunk = kDepthChunk / Operand::terms;
-  const int steps = steps_of<Operand>(depth);
-  for (int first = 0; first < steps; first += kChunk) {
-    const int chunk = steps - first < kChunk ? steps - first : kChunk;
-    for (int i = 0; i < kLeft; i += Part::rows) {
-      for (int j = 0; j < kRight; j += Part::columns) {
-        multiply_registers<Width::lanes>(left + first * kLeft + i, right + first * kRight + j, chunk,
-                                         add || first > 0, out + i * stride + j, stride);
-      }
-    }
-  }
-  if (depth == 0 && !add) {
-    for (int i = 0; i < kLeft; ++i) std::fill_n(out + i * stride, kRight, 0.0f);
-  }
+  run_apart<Width, MultiplyTile<Width, Operand>>(left, right, depth, add, out, stride);
 }
 
 }  // namespace diffgap
