@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from diffgap.ops._contrastive import positive_weights
-from diffgap.ops._native import CPU_MISSING
 from diffgap.ops.clip_loss import clip_loss
 from tests.helpers import relative_l2
 from tests.ops.contrastive_cases import ROUTES, LargestTensor, assert_matches, gradients, ids_for, leaf, pairs, take
@@ -195,7 +194,6 @@ def test_clip_loss_keeps_the_gradient_of_a_nearly_solved_batch(budget: int | Non
         assert relative_l2(actual, wanted) < 1e-4
 
 
-@pytest.mark.skipif(CPU_MISSING is not None, reason=str(CPU_MISSING))
 def test_clip_loss_does_not_depend_on_the_number_of_threads(route: str) -> None:
     if route != "native":
         pytest.skip("a promise of the kernel")
