@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks import ring_model
+from benchmarks.gpus import A100
 from diffgap import ring, ring_loss
 from diffgap.ops import _dispatch
 from diffgap.ops.clip_loss import clip_loss
@@ -384,7 +385,7 @@ def test_ring_transfers_overlap_the_tiles(ranks: dict[int, list[dict[Any, Any]]]
 
 @pytest.mark.parametrize("world", WORLDS)
 def test_ring_sends_the_bytes_of_the_paper_model(ranks: dict[int, list[dict[Any, Any]]], world: int) -> None:
-    expected = ring_model.ours(ring_model.A100, world, WIDTH, batch=7 * world).link_bytes
+    expected = ring_model.ours(A100, world, WIDTH, batch=7 * world).link_bytes
     assert {found["traffic"] for found in ranks[world]} == {expected}
 
 
