@@ -103,6 +103,27 @@ void run_blocked(const Args&... args) {
   }
 }
 
+// The same without bfloat16 pairs, for bodies that have no use for them.
+template <typename Body, typename... Args>
+void run_lanes(const Args&... args) {
+  static const Isa isa = detect_isa();
+  switch (isa) {
+    case Isa::kAvx512Bf16:
+    case Isa::kAvx512:
+      return run_avx512<Blocked<Body, Vectors<16>>>(args...);
+    case Isa::kAvx2:
+      return run_avx2<Blocked<Body, Vectors<8>>>(args...);
+    case Isa::kBaseline:
+      return Body::template run<Vectors<4>>(args...);
+  }
+}
+
+// The lanes that run_blocked and run_lanes have here.
+inline int vector_lanes() {
+  static const Isa isa = detect_isa();
+  return isa == Isa::kBaseline ? 4 : isa == Isa::kAvx2 ? 8 : 16;
+}
+
 #else
 
 template <typename Body, typename... Args>
@@ -119,6 +140,13 @@ template <typename Body, typename... Args>
 void run_blocked(const Args&... args) {
   Body::template run<Vectors<4>>(args...);  // NEON's and SSE's width
 }
+
+template <typename Body, typename... Args>
+void run_lanes(const Args&... args) {
+  Body::template run<Vectors<4>>(args...);
+}
+
+inline int vector_lanes() { return 4; }
 
 #endif
 

@@ -3,9 +3,10 @@ r"""Attention for short sequences, with optional normalisation of queries and ke
 .. math::
 
     \hat q_i = w_q \odot \frac{q_i}{\sqrt{\tfrac1d \lVert q_i \rVert^2 + 10^{-6}}}, \qquad
-    p_{ij} = m_j \exp(s\, \hat q_i \cdot \hat k_j), \qquad o_i = \frac{\sum_j p_{ij} v_j}{\sum_j p_{ij}}
+    p_{ij} = m_{ij} \exp(s\, \hat q_i \cdot \hat k_j), \qquad o_i = \frac{\sum_j p_{ij} v_j}{\sum_j p_{ij}}
 
-per head, with the mask m in {0, 1}; without a weight :math:`\hat q = q`, and :math:`\hat k` likewise.
+per head, with m in {0, 1}: zero where key j is masked or, if causal, j > i. Without a weight :math:`\hat q = q`, and
+:math:`\hat k` likewise.
 """
 
 from __future__ import annotations
@@ -19,10 +20,16 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from diffgap.ops import _dispatch
-from diffgap.ops._dispatch import choose
+from diffgap.ops._attention_bias import plain_form
+from diffgap.ops._dispatch import Native
+from diffgap.ops._native import CPU_MISSING, TRITON_MISSING
+
+#: The most queries and keys that the GPU's kernels hold at once; the backward pass then needs nothing but the inputs.
+SHORT = 64
 
 _EPS = 1e-6
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_NATIVE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _AUTOCAST_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -30,10 +37,12 @@ def attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    attn_bias: Any = None,
     *,
     q_weight: Tensor | None = None,
     k_weight: Tensor | None = None,
     key_mask: Tensor | None = None,
+    causal: bool = False,
     scale: float | None = None,
 ) -> Tensor:
     """Attention ``softmax(scale * norm(q) @ norm(k).T) @ v``, self or cross, in the layout (B, N, H, d).
@@ -44,24 +53,34 @@ def attention(
     Args:
         q: (B, N_q, H, d), float16, bfloat16, float32 or float64; any strides.
         k: (B, N_k, H, d), dtype and device of ``q``.
-        v: (B, N_k, H, d), dtype and device of ``q``.
+        v: (B, N_k, H, d), dtype and device of ``q``. All three may be (B, N, d), a single head.
+        attn_bias: as in ``xformers.ops.memory_efficient_attention``: ``LowerTriangularMask``, or ``BlockDiagonalMask``
+            or ``BlockDiagonalCausalMask`` over sequences laid end to end in one row, (1, total, H, d), which are padded
+            to the longest.
         q_weight: (d,), any floating-point dtype: divide each query by its root mean square (eps 1e-6) and
             multiply it by this.
         k_weight: (d,), the same for the keys.
         key_mask: (B, N_k) bool, True = attend. What masked keys and values hold, NaN included, has no
             influence; a query with no key to attend to gives zeros, and zero gradients.
+        causal: query i attends to the keys j <= i, of its own block if the bias is block-diagonal.
         scale: factor of the logits; ``d ** -0.5`` by default.
 
     Returns:
-        (B, N_q, H, d) in the dtype of ``q``. Gradients for q, k, v and both weights.
+        The shape of ``q``, in its dtype. Gradients for q, k, v and both weights.
 
     Raises:
         ValueError: shapes or devices do not fit together, or ``scale`` is not finite.
-        TypeError: a dtype is not one of the above.
+        TypeError: a dtype is not one of the above, or ``attn_bias`` is of another kind.
 
     Source: Vaswani et al. 2017, arXiv 1706.03762; query-key normalisation: Henry et al. 2020, arXiv
     2010.04245, with the root mean square in place of the L2 norm as in Esser et al. 2024, arXiv 2403.03206.
     """
+    if attn_bias is not None or q.ndim == k.ndim == v.ndim == 3:
+        plain = plain_form(q, k, v, attn_bias, key_mask, causal)
+        weights = {"q_weight": q_weight, "k_weight": k_weight}
+        return plain.restore(
+            attention(plain.q, plain.k, plain.v, key_mask=plain.key_mask, causal=plain.causal, scale=scale, **weights)
+        )
     dtype = _dispatch.autocast_dtype(q)
     if dtype is not None:
         q, k, v = (x.to(dtype) if x.dtype in _AUTOCAST_DTYPES else x for x in (q, k, v))
@@ -73,9 +92,9 @@ def attention(
         q_weight = q_weight.to(accumulate)
     if k_weight is not None:
         k_weight = k_weight.to(accumulate)
-    if choose("attention", q) == "eager":
-        return attention_reference(q, k, v, q_weight, k_weight, key_mask, scale)
-    output: Tensor = _Attention.apply(*_dispatch.distinct(q, k, v, q_weight, k_weight), key_mask, scale)
+    if _dispatch.choose("attention", q) == "eager":
+        return attention_reference(q, k, v, q_weight, k_weight, key_mask, scale, causal)
+    output: Tensor = _Attention.apply(*_dispatch.distinct(q, k, v, q_weight, k_weight), key_mask, scale, causal)
     return output
 
 
@@ -87,6 +106,7 @@ def attention_reference(
     k_weight: Tensor | None,
     key_mask: Tensor | None,
     scale: float,
+    causal: bool,
 ) -> Tensor:
     """The definition of :func:`attention` in plain torch; the weights are in the accumulation dtype."""
     dtype, accumulate = q.dtype, _accumulation_dtype(q)
@@ -102,10 +122,24 @@ def attention_reference(
         if k_weight is not None:
             k = _rms_norm(k, k_weight)
         logits = (q * scale) @ k.transpose(-1, -2)  # (B, H, N_q, N_k)
-        if key_mask is not None:
-            # A finite fill keeps a fully masked row free of NaN: it averages values that are all zero.
-            logits = logits.masked_fill(~key_mask[:, None, None, :], torch.finfo(accumulate).min)
-        return (logits.softmax(-1) @ v).transpose(1, 2).to(dtype)
+        hidden = _hidden_pairs(q, k, key_mask, causal)
+        if hidden is not None:
+            logits = logits.masked_fill(hidden, -math.inf)
+            # A row without a key to attend to would be NaN.
+            empty = hidden.all(-1, keepdim=True)
+            weights = logits.masked_fill(empty, 0.0).softmax(-1).masked_fill(empty, 0.0)
+        else:
+            weights = logits.softmax(-1)
+        return (weights @ v).transpose(1, 2).to(dtype)
+
+
+def _hidden_pairs(q: Tensor, k: Tensor, key_mask: Tensor | None, causal: bool) -> Tensor | None:
+    """Which pairs do not attend, broadcast against (B, H, N_q, N_k); ``None`` if all do. q and k are (B, H, N, d)."""
+    hidden = None if key_mask is None else ~key_mask[:, None, None, :]
+    if causal:
+        future = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).triu(1)
+        hidden = future if hidden is None else hidden | future
+    return hidden
 
 
 def _accumulation_dtype(x: Tensor) -> torch.dtype:
@@ -160,54 +194,63 @@ def _check(
         raise ValueError(f"attention: scale is {scale}; use a finite number")
 
 
-def _forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    q_weight: Tensor | None,
-    k_weight: Tensor | None,
-    key_mask: Tensor | None,
-    scale: float,
-) -> Tensor:
-    return attention_reference(q, k, v, q_weight, k_weight, key_mask, scale).contiguous()
+def _forward(*inputs: Any) -> tuple[Tensor, Tensor]:
+    output = attention_reference(*inputs)
+    return output.contiguous(), output.new_empty(0, dtype=torch.float32)
 
 
-def _forward_fake(q: Tensor, *others: Any) -> Tensor:
-    return q.new_empty(q.shape)
+def _forward_fake(q: Tensor, k: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    lse_shape = (q.shape[0], q.shape[2], q.shape[1]) if _saves_lse(q, k) else (0,)
+    return q.new_empty(q.shape), q.new_empty(lse_shape, dtype=torch.float32)
 
 
-def _backward(grad: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
+def _saves_lse(q: Tensor, k: Tensor) -> bool:
+    """Whether the forward pass hands the log-sum-exps of its logits, and its output, to the backward pass."""
+    return q.device.type == "cuda" and TRITON_MISSING is None and max(q.shape[1], k.shape[1]) > SHORT
+
+
+def _backward(grad: Tensor, output: Tensor | None, lse: Tensor | None, *inputs: Any) -> tuple[Tensor, ...]:
     return tuple(_dispatch.vjp(attention_reference, inputs, [grad])[:5])
 
 
-def _backward_fake(grad: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
+def _backward_fake(grad: Tensor, output: Tensor | None, lse: Tensor | None, *inputs: Any) -> tuple[Tensor, ...]:
     return tuple(x.new_empty(x.shape) if x is not None else grad.new_empty(0) for x in inputs[:5])
 
 
-_INPUTS = "Tensor q, Tensor k, Tensor v, Tensor? q_weight, Tensor? k_weight, Tensor? key_mask, float scale"
-_attention = _dispatch.define(f"attention({_INPUTS}) -> Tensor", _forward, _forward_fake)
+_INPUTS = (
+    "Tensor q, Tensor k, Tensor v, Tensor? q_weight, Tensor? k_weight, Tensor? key_mask, float scale, bool causal"
+)
+# The second output is (B, H, N_q) float32, the log-sum-exp of every row of logits, or empty where the backward pass
+# computes it again from the inputs.
+_attention = _dispatch.define(f"attention({_INPUTS}) -> (Tensor, Tensor)", _forward, _forward_fake)
 # The gradient of a weight that is absent is an empty tensor.
 _attention_backward = _dispatch.define(
-    f"attention_backward(Tensor grad, {_INPUTS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"attention_backward(Tensor grad, Tensor? output, Tensor? lse, {_INPUTS})"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _backward,
     _backward_fake,
 )
-_dispatch.declare("attention")
+_CPU = Native("C++", _NATIVE_DTYPES, CPU_MISSING)
+_CUDA = Native("Triton", _NATIVE_DTYPES, TRITON_MISSING)
+_dispatch.declare("attention", cpu=_CPU, cuda=_CUDA)
+_dispatch.implement(_CUDA, "diffgap.kernels.attention", attention="forward", attention_backward="backward")
 
 
 class _Attention(torch.autograd.Function):
-    """The registered forward and backward ops as one differentiable function; saves only its inputs."""
+    """The registered forward and backward ops as one differentiable function."""
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Any:
-        ctx.save_for_backward(*inputs[:6])
-        ctx.scale = inputs[6]
-        return _attention(*inputs)
+        output, lse = _attention(*inputs)
+        saved = (output, lse) if lse.ndim > 1 else (None, None)
+        ctx.save_for_backward(*inputs[:6], *saved)
+        ctx.options = inputs[6:]
+        return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
-        grads = _attention_backward(grad, *ctx.saved_tensors, ctx.scale)
-        absent = (weight is None for weight in ctx.saved_tensors[3:5])
-        weights = (None if missing else g for missing, g in zip(absent, grads[3:], strict=True))
-        return (*grads[:3], *weights, None, None)
+        *inputs, output, lse = ctx.saved_tensors
+        grads = _attention_backward(grad, output, lse, *inputs, *ctx.options)
+        weights = (None if x is None else g for x, g in zip(inputs[3:5], grads[3:], strict=True))
+        return (*grads[:3], *weights, None, None, None)

@@ -12,32 +12,16 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from diffgap.ops import _dispatch
-from diffgap.ops._native import CPU_MISSING
 from tests.helpers import assert_close_to_oracle
-
-#: The eager reference, the registered ops' default implementations, and the C++ kernels.
-ROUTES = [
-    "reference",
-    "registered",
-    pytest.param("native", marks=pytest.mark.skipif(CPU_MISSING is not None, reason=str(CPU_MISSING))),
-]
+from tests.ops import routes
 
 #: Dtype of inputs that name none.
 _default_dtype = torch.float64
 
 
 def take(route: str, patch: pytest.MonkeyPatch, module: ModuleType, **ops: str) -> None:
-    """Send ``module``'s op down a route; ``ops`` maps its registered ops to their default implementations.
-
-    Kernels take no float64, so on the native route inputs that name no dtype are float32."""
-    if route == "native":
-        patch.setattr(_dispatch, "_mode", "auto")
-    else:
-        patch.setattr(_dispatch, "choose", lambda *_: "eager" if route == "reference" else "native")
-    if route == "registered":
-        for op, default in ops.items():
-            patch.setattr(module, op, getattr(module, default))
+    """:func:`routes.take`; on the native route inputs that name no dtype are float32."""
+    routes.take(route, patch, module, **ops)
     if route == "native":
         patch.setitem(globals(), "_default_dtype", torch.float32)
 

@@ -1,26 +1,36 @@
-"""attention: the reference and the registered ops against float64 and torch's own attention."""
+"""attention: the reference, the registered ops and the C++ kernels against float64 and torch's own attention."""
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from diffgap.ops import _dispatch
+from diffgap.ops._native import CPU_MISSING
 from tests.helpers import assert_close_to_oracle
+from tests.ops.routes import ROUTES, take
 
 attention_module = importlib.import_module("diffgap.ops.attention")
 attention: Callable[..., Tensor] = attention_module.attention
 
 
-@pytest.fixture(params=["reference", "registered"])
+@pytest.fixture(params=ROUTES)
 def route(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    choice = "eager" if request.param == "reference" else "native"
-    monkeypatch.setattr(attention_module, "choose", lambda *_: choice)
-    return request.param
+    take(request.param, monkeypatch, attention_module, _attention="_forward", _attention_backward="_backward")
+    return str(request.param)
+
+
+# What torch.compile traces does not depend on the implementation behind the registered op.
+compiled_routes = pytest.mark.parametrize("route", [r for r in ROUTES if r != "registered"], indirect=True)
 
 
 def inputs(b: int, n_q: int, n_k: int, h: int, d: int, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
@@ -41,6 +51,7 @@ def oracle(
     q_weight: Tensor | None = None,
     k_weight: Tensor | None = None,
     key_mask: Tensor | None = None,
+    causal: bool = False,
     scale: float | None = None,
 ) -> Tensor:
     """torch's own RMS norm and attention."""
@@ -48,18 +59,23 @@ def oracle(
     q, k = (x if w is None else F.rms_norm(x, (d,), w, 1e-6) for x, w in ((q, q_weight), (k, k_weight)))
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     mask = None if key_mask is None else key_mask[:, None, None, :]
+    if causal:
+        past = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril()
+        mask = past if mask is None else mask & past
     return F.scaled_dot_product_attention(q, k, v, mask, scale=scale).transpose(1, 2)
 
 
-def outputs_and_gradients(function: Callable[..., Tensor], arguments: dict[str, Tensor]) -> list[Tensor]:
+def is_float(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.is_floating_point()
+
+
+def outputs_and_gradients(function: Callable[..., Tensor], arguments: dict[str, Any]) -> list[Tensor]:
     """The output and the gradient of each floating-point argument, for a fixed incoming gradient."""
-    leaves = {
-        name: x.detach().clone().requires_grad_() if x.is_floating_point() else x for name, x in arguments.items()
-    }
+    leaves = {name: x.detach().clone().requires_grad_() if is_float(x) else x for name, x in arguments.items()}
     output = function(**leaves)
     generator = torch.Generator().manual_seed(1)
     grad = torch.randn(output.shape, generator=generator, dtype=torch.float64).to(output.dtype)
-    wanted = [x for x in leaves.values() if x.requires_grad]
+    wanted = [x for x in leaves.values() if is_float(x)]
     return [output, *torch.autograd.grad(output, wanted, grad)]
 
 
@@ -72,25 +88,44 @@ def assert_all_close(actual: list[Tensor], exact: list[Tensor], eager: list[Tens
             assert_close_to_oracle(ours, oracles, torchs)
 
 
+def doubled(arguments: dict[str, Any]) -> dict[str, Any]:
+    return {name: x.double() if is_float(x) else x for name, x in arguments.items()}
+
+
+# (B, N_q, N_k, H, d). Pairs of batch and head that fill no whole vector, blocks of queries that are not full.
 SHAPES = [
     (2, 1, 1, 2, 24),
     (2, 3, 7, 1, 40),
+    (3, 4, 4, 3, 64),
+    (3, 7, 7, 3, 16),
+    (3, 16, 16, 2, 16),
     (1, 17, 33, 3, 80),
     (2, 33, 3, 2, 24),
     (1, 77, 77, 2, 40),
-    (3, 16, 16, 2, 16),
+    (1, 3, 257, 1, 128),
+    (1, 257, 130, 2, 24),
 ]
 
 
+OPTIONS = {
+    "plain": [],
+    "normed": ["q_weight", "k_weight"],
+    "one_normed": ["k_weight"],
+    "masked": ["key_mask"],
+    "all": ["q_weight", "k_weight", "key_mask"],
+}
+
+
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("options", ["plain", "normed", "masked", "all"])
-@pytest.mark.usefixtures("route")
-def test_attention_matches_torch(shape: tuple[int, ...], options: str) -> None:
-    arguments = inputs(*shape, dtype=torch.float64)
-    names = {"plain": [], "normed": ["q_weight", "k_weight"], "masked": ["key_mask"]}
-    keep = ["q", "k", "v", *names.get(options, ["q_weight", "k_weight", "key_mask"])]
-    arguments = {name: arguments[name] for name in keep}
-    exact = outputs_and_gradients(oracle, arguments)
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("options", OPTIONS)
+def test_attention_matches_torch(shape: tuple[int, ...], options: str, causal: bool, route: str) -> None:
+    every = inputs(*shape, dtype=torch.float32 if route == "native" else torch.float64)
+    arguments: dict[str, Any] = {name: every[name] for name in ("q", "k", "v", *OPTIONS[options])}
+    arguments["causal"] = causal
+    if "key_mask" in arguments:  # not even the first query may be without a key
+        arguments["key_mask"][:, 0] = True
+    exact = outputs_and_gradients(oracle, doubled(arguments))
     assert_all_close(outputs_and_gradients(attention, arguments), exact, exact)
 
 
@@ -99,8 +134,7 @@ def test_attention_matches_torch(shape: tuple[int, ...], options: str) -> None:
 @pytest.mark.usefixtures("route")
 def test_attention_accuracy(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     arguments = inputs(*shape, dtype=dtype)
-    wide = {name: x.double() if x.is_floating_point() else x for name, x in arguments.items()}
-    exact = outputs_and_gradients(oracle, wide)
+    exact = outputs_and_gradients(oracle, doubled(arguments))
     ours, torchs = (outputs_and_gradients(f, arguments) for f in (attention, oracle))
     assert {x.dtype for x in ours} == {dtype}
     assert_all_close(ours, exact, torchs)
@@ -113,15 +147,16 @@ def test_attention_scale() -> None:
     assert_close_to_oracle(attention(**arguments), oracle(**arguments, scale=8**-0.5))
 
 
+@pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.usefixtures("route")
-def test_attention_gradcheck() -> None:
+def test_attention_gradcheck(causal: bool) -> None:
     arguments = inputs(2, 2, 3, 2, 3, dtype=torch.float64)
     arguments["key_mask"][1] = False
     mask = arguments.pop("key_mask")
     leaves = [x.requires_grad_() for x in arguments.values()]
 
     def function(q: Tensor, k: Tensor, v: Tensor, q_weight: Tensor, k_weight: Tensor) -> Tensor:
-        return attention(q, k, v, q_weight=q_weight, k_weight=k_weight, key_mask=mask)
+        return attention(q, k, v, q_weight=q_weight, k_weight=k_weight, key_mask=mask, causal=causal)
 
     assert torch.autograd.gradcheck(function, leaves)
 
@@ -132,7 +167,7 @@ def test_attention_reference_is_twice_differentiable() -> None:
 
 
 def test_attention_registered_refuses_a_second_derivative(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention_module, "choose", lambda *_: "native")
+    monkeypatch.setattr(_dispatch, "choose", lambda *_: "native")
     q = inputs(1, 2, 2, 1, 2)["q"].requires_grad_()
     (grad,) = torch.autograd.grad(attention(q, q, q).square().sum(), q, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
@@ -141,15 +176,19 @@ def test_attention_registered_refuses_a_second_derivative(monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize("normed", [False, True])
 @pytest.mark.parametrize("masked", [False, True])
-def test_attention_opcheck(normed: bool, masked: bool) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_opcheck(normed: bool, masked: bool, dtype: torch.dtype) -> None:
     x = inputs(2, 3, 5, 2, 8)
+    x |= {name: x[name].to(dtype) for name in "qkv"}
     q_weight, k_weight = (x["q_weight"], x["k_weight"]) if normed else (None, None)
-    arguments = (x["q"], x["k"], x["v"], q_weight, k_weight, x["key_mask"] if masked else None, 0.3)
+    arguments = (x["q"], x["k"], x["v"], q_weight, k_weight, x["key_mask"] if masked else None, 0.3, False)
     torch.library.opcheck(torch.ops.diffgap.attention.default, arguments)
-    torch.library.opcheck(torch.ops.diffgap.attention_backward.default, (torch.ones_like(x["q"]), *arguments))
+    grads = (torch.ones_like(x["q"]), None, None)
+    torch.library.opcheck(torch.ops.diffgap.attention_backward.default, (*grads, *arguments))
 
 
 @pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+@compiled_routes
 @pytest.mark.usefixtures("route")
 def test_attention_compiles(compiler: str) -> None:
     arguments = inputs(2, 3, 5, 2, 8)
@@ -159,6 +198,7 @@ def test_attention_compiles(compiler: str) -> None:
         assert_close_to_oracle(actual, expected)
 
 
+@compiled_routes
 @pytest.mark.usefixtures("route")
 def test_attention_compiles_for_one_tensor_as_query_key_and_value() -> None:
     q = inputs(2, 3, 3, 2, 8)["q"].requires_grad_()
@@ -168,6 +208,7 @@ def test_attention_compiles_for_one_tensor_as_query_key_and_value() -> None:
     assert_close_to_oracle(actual, expected.double())
 
 
+@compiled_routes
 @pytest.mark.usefixtures("route")
 def test_attention_compiles_once_for_many_lengths() -> None:
     torch._dynamo.reset()
@@ -200,22 +241,40 @@ def test_attention_empty(shape: tuple[int, ...]) -> None:
     assert all((x == 0).all() for x in (output, *gradients))
 
 
-@pytest.mark.usefixtures("route")
-def test_attention_any_strides() -> None:
-    x = inputs(2, 4, 4, 2, 8, torch.float64)
+@pytest.mark.parametrize("n", [4, 20])
+def test_attention_any_strides(route: str, n: int) -> None:
+    x = inputs(2, n, n, 2, 16, torch.float32 if route == "native" else torch.float64)
     packed = torch.stack([x["q"], x["k"], x["v"]], 2).requires_grad_()
     output = attention(*packed.unbind(2))
-    grad = torch.ones(2, 1, 1, 8, dtype=torch.float64).expand_as(output)
+    grad = torch.ones(2, 1, 1, 16, dtype=packed.dtype).expand_as(output)
     (actual,) = torch.autograd.grad(output, packed, grad)
-    leaves = {name: x[name].clone().requires_grad_() for name in "qkv"}
+    leaves = {name: x[name].double().requires_grad_() for name in "qkv"}
     expected = torch.autograd.grad(oracle(**leaves).sum(), list(leaves.values()))
     assert_close_to_oracle(output, oracle(**leaves))
     assert_close_to_oracle(actual, torch.stack(expected, 2))
 
-    one = x["k"][:1, :1].expand(2, 4, 2, 8)
-    assert_close_to_oracle(attention(x["q"], one, one), oracle(x["q"], one, one))
-    transposed = x["q"].transpose(1, 2).contiguous().transpose(1, 2)
-    assert_close_to_oracle(attention(transposed, x["k"], x["v"]), oracle(x["q"], x["k"], x["v"]))
+    one = x["k"][:1, :1].expand(2, n, 2, 16)
+    assert_close_to_oracle(attention(x["q"], one, one), oracle(*(t.double() for t in (x["q"], one, one))))
+    exact = oracle(**{name: x[name].double() for name in "qkv"})
+    for layout in ((0, 2, 1, 3), (0, 1, 3, 2), (3, 2, 1, 0)):  # what is contiguous once permuted
+        back = [layout.index(i) for i in range(4)]
+        strided = {name: x[name].permute(layout).contiguous().permute(back) for name in "qkv"}
+        assert_close_to_oracle(attention(**strided), exact)
+
+
+@pytest.mark.parametrize("dim", range(4))
+@pytest.mark.usefixtures("route")
+def test_attention_gradients_of_strided_inputs(dim: int) -> None:
+    """Every other element, and a gradient that is transposed."""
+    full = torch.randn(6, 8, 4, 32, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    x = full.unflatten(dim, (-1, 2)).select(dim + 1, 0)
+    output = attention(x, x, x)
+    grad = torch.randn(output.shape[::-1], generator=torch.Generator().manual_seed(1)).permute(3, 2, 1, 0)
+    (actual,) = torch.autograd.grad(output, full, grad)
+    exact = full.detach().double().requires_grad_()
+    y = exact.unflatten(dim, (-1, 2)).select(dim + 1, 0)
+    (expected,) = torch.autograd.grad(oracle(y, y, y), exact, grad.double())
+    assert_close_to_oracle(actual, expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
@@ -230,9 +289,10 @@ def test_attention_fully_masked_rows_are_zero(dtype: torch.dtype) -> None:
     assert all(torch.isfinite(x).all() for x in weights)
 
 
+@pytest.mark.parametrize("shape", [(2, 3, 5, 2, 8), (2, 3, 5, 2, 16), (1, 20, 20, 1, 16)])
 @pytest.mark.usefixtures("route")
-def test_attention_ignores_what_masked_keys_hold() -> None:
-    arguments = inputs(2, 3, 5, 2, 8)
+def test_attention_ignores_what_masked_keys_hold(shape: tuple[int, ...]) -> None:
+    arguments = inputs(*shape)
     clean = outputs_and_gradients(attention, arguments)
     hidden = ~arguments["key_mask"]
     for name, garbage in (("k", float("nan")), ("v", float("inf"))):
@@ -246,13 +306,70 @@ def test_attention_ignores_what_masked_keys_hold() -> None:
 def test_attention_extreme_logits(dtype: torch.dtype) -> None:
     x = inputs(2, 7, 7, 2, 16, dtype)
     arguments = {"q": x["q"] * 100, "k": x["k"] * 100, "v": x["v"], "key_mask": x["key_mask"]}
-    wide = {name: a.double() if a.is_floating_point() else a for name, a in arguments.items()}
+    wide = doubled(arguments)
     logits = torch.einsum("bqhd,bkhd->bhqk", wide["q"], wide["k"]) * 16**-0.5
     assert logits.abs().max() > 1e4
     actual = outputs_and_gradients(attention, arguments)
     assert all(torch.isfinite(a).all() for a in actual)
     # float32 logits of 1e4 are known to 1e-3, so their exponentials are too.
     torch.testing.assert_close(actual[0].double(), oracle(**wide), rtol=0, atol=2e-2)
+
+
+@pytest.mark.usefixtures("route")
+def test_attention_of_infinite_differences() -> None:
+    """Logits so far apart that all probabilities but one vanish, at both ends of the range."""
+    x = inputs(2, 5, 7, 2, 16)
+    for scale in (1e6, -1e6):
+        actual = attention(x["q"], x["k"], x["v"], scale=scale)
+        assert_close_to_oracle(actual, oracle(*(x[name].double() for name in "qkv"), scale=scale))
+
+
+@pytest.mark.usefixtures("route")
+def test_attention_passes_on_what_is_not_a_number() -> None:
+    x = inputs(2, 6, 6, 2, 16)
+    x["q"][1, 2, 0, 3] = float("nan")
+    output = attention(x["q"], x["k"], x["v"])
+    hit = output.isnan().any(-1)
+    assert hit[1, 2, 0] and hit.sum() == 1
+
+
+@pytest.mark.skipif(CPU_MISSING is not None, reason=str(CPU_MISSING))
+@pytest.mark.parametrize("shape", [(5, 4, 4, 3, 64), (3, 16, 16, 4, 24), (1, 300, 70, 1, 64), (2, 7, 33, 5, 40)])
+def test_attention_is_deterministic(shape: tuple[int, ...], threads: Callable[[int], None]) -> None:
+    """The same bits in every run, with any number of threads, and for a sample whatever it stands beside."""
+    arguments = inputs(*shape)
+    runs = []
+    for count in (1, 1, 2, 3):
+        threads(count)
+        runs.append(outputs_and_gradients(attention, arguments))
+    for other in runs[1:]:
+        for actual, expected in zip(other, runs[0], strict=True):
+            assert torch.equal(actual, expected)
+    last = {name: x[-1:] if x.ndim > 1 else x for name, x in arguments.items()}
+    assert torch.equal(attention(**last), runs[0][0][-1:])
+
+
+@pytest.fixture
+def threads() -> Iterator[Callable[[int], None]]:
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.mark.skipif(CPU_MISSING is not None, reason=str(CPU_MISSING))
+@pytest.mark.parametrize("isa", ["avx512", "avx2", "baseline"])
+def test_attention_of_every_instruction_set(isa: str) -> None:
+    """The instruction set is chosen once a process."""
+    selected = "test_attention_matches_torch or test_attention_accuracy or strid or hold or extreme"
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
+    done = subprocess.run(
+        [*command, "-k", f"native and ({selected})"],
+        env=os.environ | {"DIFFGAP_CPU_ISA": isa, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_attention_on_meta_tensors() -> None:

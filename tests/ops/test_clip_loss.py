@@ -13,7 +13,8 @@ from torch import Tensor
 from diffgap.ops._contrastive import positive_weights
 from diffgap.ops.clip_loss import clip_loss
 from tests.helpers import relative_l2
-from tests.ops.contrastive_cases import ROUTES, LargestTensor, assert_matches, gradients, ids_for, leaf, pairs, take
+from tests.ops.contrastive_cases import LargestTensor, assert_matches, gradients, ids_for, leaf, pairs, take
+from tests.ops.routes import ROUTES
 
 SHAPES = [(1, 8), (7, 100), (70, 64), (100, 512)]
 

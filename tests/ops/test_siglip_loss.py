@@ -12,7 +12,8 @@ from torch import Tensor
 
 from diffgap.ops.siglip_loss import siglip_loss
 from tests.helpers import relative_l2
-from tests.ops.contrastive_cases import ROUTES, LargestTensor, assert_matches, gradients, ids_for, leaf, pairs, take
+from tests.ops.contrastive_cases import LargestTensor, assert_matches, gradients, ids_for, leaf, pairs, take
+from tests.ops.routes import ROUTES
 
 module = importlib.import_module("diffgap.ops.siglip_loss")
 

@@ -12,7 +12,8 @@ from torch.nn import functional as F
 
 from diffgap.ops import similarity
 from diffgap.ops.similarity import similarity_rank_counts, similarity_ranks, similarity_topk
-from tests.ops.contrastive_cases import ROUTES, LargestTensor, ids_for, take
+from tests.ops.contrastive_cases import LargestTensor, ids_for, take
+from tests.ops.routes import ROUTES
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 
