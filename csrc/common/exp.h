@@ -7,22 +7,45 @@
 
 namespace diffgap {
 
-// e**x for x <= 0; 0 where the result would be subnormal.
-DIFFGAP_HD float exp_nonpositive(float x) {
-  constexpr float kRound = 12582912.0f;  // 1.5 * 2**23: adding it rounds to an integer
-  const float bounded = x < -87.0f ? -87.0f : x;
-  const float shifted = fmaf(bounded, 1.44269504f, kRound);
-  const float n = shifted - kRound;
+DIFFGAP_HD float multiply_add(float a, float b, float c) { return fmaf(a, b, c); }
+
+// x * 2**n, given 1.5 * 2**23 + n.
+DIFFGAP_HD float scale_by_power(float x, float shifted) {
+  return bits_to_float(float_to_bits(x) + (float_to_bits(shifted) << 23));
+}
+
+#if !defined(__CUDACC__)
+// The same for vectors of floats.
+template <typename Vector>
+DIFFGAP_HD Vector multiply_add(Vector a, Vector b, Vector c) {
+  return a * b + c;
+}
+
+template <typename Vector>
+DIFFGAP_HD Vector scale_by_power(Vector x, Vector shifted) {
+  typedef int32_t Bits __attribute__((vector_size(sizeof(Vector))));
+  return reinterpret_cast<Vector>(reinterpret_cast<Bits>(x) + (reinterpret_cast<Bits>(shifted) << 23));
+}
+#endif
+
+// e**x for x <= 0; 0 where the result would be subnormal. Of a float, or of each in a vector.
+template <typename Float>
+DIFFGAP_HD Float exp_nonpositive(Float x) {
+  const auto all = [](float value) { return Float{} + value; };
+  const Float round = all(12582912.0f);  // 1.5 * 2**23: adding it rounds to an integer
+  const Float bounded = x < -87.0f ? all(-87.0f) : x;
+  const Float shifted = multiply_add(bounded, all(1.44269504f), round);
+  const Float n = shifted - round;
   // x = n ln 2 + r; the first part of ln 2 has few bits, so that its product with n is exact
-  const float r = fmaf(n, 2.12194440e-4f, fmaf(n, -0.693359375f, bounded));
+  const Float r = multiply_add(n, all(2.12194440e-4f), multiply_add(n, all(-0.693359375f), bounded));
   // e**r = 1 + r + r**2 p
-  float p = fmaf(0.00139504916f, r, 0.0083688898f);
-  p = fmaf(p, r, 0.041666206f);
-  p = fmaf(p, r, 0.166665182f);
-  p = fmaf(p, r, 0.5f);
-  const float fraction = fmaf(r * r, p, r) + 1.0f;
-  const float result = bits_to_float(float_to_bits(fraction) + (float_to_bits(shifted) << 23));
-  return x < -87.0f ? 0.0f : result;
+  Float p = multiply_add(all(0.00139504916f), r, all(0.0083688898f));
+  p = multiply_add(p, r, all(0.041666206f));
+  p = multiply_add(p, r, all(0.166665182f));
+  p = multiply_add(p, r, all(0.5f));
+  const Float fraction = multiply_add(r * r, p, r) + 1.0f;
+  const Float result = scale_by_power(fraction, shifted);
+  return x < -87.0f ? Float{} : result;
 }
 
 // ln(1 + x) for 0 <= x <= 1, as 2 artanh(x / (2 + x)).
