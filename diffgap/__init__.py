@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from diffgap.data.stamps import load_stamps
     from diffgap.data.store import EmbeddingStore
     from diffgap.diffusion.schedule import NoiseSchedule
+    from diffgap.integrations import restore_attention, scaled_dot_product_attention, swap_attention
     from diffgap.losses import ClipLoss, SigLipLoss
     from diffgap.models.bridge import DiffGAP
     from diffgap.models.settings import BridgeSettings
@@ -33,8 +34,11 @@ _HOMES = {
     "backend": "diffgap.ops",
     "explain": "diffgap.ops",
     "load_stamps": "diffgap.data.stamps",
+    "restore_attention": "diffgap.integrations",
     "ring_clip_loss": "diffgap.ring_loss",
     "ring_siglip_loss": "diffgap.ring_loss",
+    "scaled_dot_product_attention": "diffgap.integrations",
+    "swap_attention": "diffgap.integrations",
 }
 
 __all__ = [
@@ -50,8 +54,11 @@ __all__ = [
     "backend",
     "explain",
     "load_stamps",
+    "restore_attention",
     "ring_clip_loss",
     "ring_siglip_loss",
+    "scaled_dot_product_attention",
+    "swap_attention",
 ]
 
 

@@ -52,6 +52,11 @@ def backend(name: Backend) -> Iterator[None]:
         _mode = previous
 
 
+def selected() -> str:
+    """The backend in force, one of :data:`Backend`."""
+    return _mode
+
+
 @dataclass(frozen=True)
 class Native:
     """A native kernel of one op on one device.

@@ -27,7 +27,8 @@ from diffgap.ops._native import CPU_MISSING, TRITON_MISSING
 #: The most queries and keys that the GPU's kernels hold at once; the backward pass then needs nothing but the inputs.
 SHORT = 64
 
-_EPS = 1e-6
+#: Of the norm of queries and keys.
+EPS = 1e-6
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _NATIVE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _AUTOCAST_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -115,8 +116,8 @@ def attention_reference(
     with autocast_off:
         q, k, v = (x.to(accumulate).transpose(1, 2) for x in (q, k, v))  # (B, H, N, d)
         if key_mask is not None:
-            hidden = ~key_mask[:, None, :, None]
-            k, v = k.masked_fill(hidden, 0.0), v.masked_fill(hidden, 0.0)
+            hidden_keys = ~key_mask[:, None, :, None]
+            k, v = k.masked_fill(hidden_keys, 0.0), v.masked_fill(hidden_keys, 0.0)
         if q_weight is not None:
             q = _rms_norm(q, q_weight)
         if k_weight is not None:
@@ -147,7 +148,7 @@ def _accumulation_dtype(x: Tensor) -> torch.dtype:
 
 
 def _rms_norm(x: Tensor, weight: Tensor) -> Tensor:
-    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + _EPS) * weight
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + EPS) * weight
 
 
 def _check(
@@ -217,9 +218,7 @@ def _backward_fake(grad: Tensor, output: Tensor | None, lse: Tensor | None, *inp
     return tuple(x.new_empty(x.shape) if x is not None else grad.new_empty(0) for x in inputs[:5])
 
 
-_INPUTS = (
-    "Tensor q, Tensor k, Tensor v, Tensor? q_weight, Tensor? k_weight, Tensor? key_mask, float scale, bool causal"
-)
+_INPUTS = "Tensor q, Tensor k, Tensor v, Tensor? q_weight, Tensor? k_weight, Tensor? key_mask, float scale, bool causal"
 # The second output is (B, H, N_q) float32, the log-sum-exp of every row of logits, or empty where the backward pass
 # computes it again from the inputs.
 _attention = _dispatch.define(f"attention({_INPUTS}) -> (Tensor, Tensor)", _forward, _forward_fake)
