@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -20,6 +20,11 @@ from diffgap.ops._dispatch import Backend, backend
 Inputs = dict[str, Any]
 Outputs = tuple[Tensor, ...]
 Run = Callable[[], Outputs]
+#: A forward pass alone, or with a backward pass.
+Direction = Literal["fwd", "fwd+bwd"]
+DIRECTIONS: tuple[Direction, ...] = ("fwd", "fwd+bwd")
+#: Dtypes by their name in a case's.
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 #: Why outputs are wrong, or ``None`` if they are right.
 Gate = Callable[[Outputs], str | None]
 
