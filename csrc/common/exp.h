@@ -7,7 +7,7 @@
 
 namespace diffgap {
 
-DIFFGAP_HD float multiply_add(float a, float b, float c) { return fmaf(a, b, c); }
+DIFFGAP_HD float fused_multiply_add(float a, float b, float c) { return fmaf(a, b, c); }
 
 // x * 2**n, given 1.5 * 2**23 + n.
 DIFFGAP_HD float scale_by_power(float x, float shifted) {
@@ -17,7 +17,7 @@ DIFFGAP_HD float scale_by_power(float x, float shifted) {
 #if !defined(__CUDACC__)
 // The same for vectors of floats.
 template <typename Vector>
-DIFFGAP_HD Vector multiply_add(Vector a, Vector b, Vector c) {
+DIFFGAP_HD Vector fused_multiply_add(Vector a, Vector b, Vector c) {
   return a * b + c;
 }
 
@@ -34,16 +34,16 @@ DIFFGAP_HD Float exp_nonpositive(Float x) {
   const auto all = [](float value) { return Float{} + value; };
   const Float round = all(12582912.0f);  // 1.5 * 2**23: adding it rounds to an integer
   const Float bounded = x < -87.0f ? all(-87.0f) : x;
-  const Float shifted = multiply_add(bounded, all(1.44269504f), round);
+  const Float shifted = fused_multiply_add(bounded, all(1.44269504f), round);
   const Float n = shifted - round;
   // x = n ln 2 + r; the first part of ln 2 has few bits, so that its product with n is exact
-  const Float r = multiply_add(n, all(2.12194440e-4f), multiply_add(n, all(-0.693359375f), bounded));
+  const Float r = fused_multiply_add(n, all(2.12194440e-4f), fused_multiply_add(n, all(-0.693359375f), bounded));
   // e**r = 1 + r + r**2 p
-  Float p = multiply_add(all(0.00139504916f), r, all(0.0083688898f));
-  p = multiply_add(p, r, all(0.041666206f));
-  p = multiply_add(p, r, all(0.166665182f));
-  p = multiply_add(p, r, all(0.5f));
-  const Float fraction = multiply_add(r * r, p, r) + 1.0f;
+  Float p = fused_multiply_add(all(0.00139504916f), r, all(0.0083688898f));
+  p = fused_multiply_add(p, r, all(0.041666206f));
+  p = fused_multiply_add(p, r, all(0.166665182f));
+  p = fused_multiply_add(p, r, all(0.5f));
+  const Float fraction = fused_multiply_add(r * r, p, r) + 1.0f;
   const Float result = scale_by_power(fraction, shifted);
   return x < -87.0f ? Float{} : result;
 }

@@ -4,27 +4,29 @@
 namespace diffgap {
 namespace {
 
-// With dP^T = V dO^T and D the columns' sums of P^T * dP^T, the logits' gradient is dS^T = P^T * (dP^T - D); then
-// dV = P^T dO, dK = dS^T (scale Q), dQ = scale * dS K.
+// With dP^T = V dO^T and D the columns' sums of P^T * dP^T, the gradient of S / scale is dS^T = scale P^T * (dP^T - D);
+// then dV = P^T dO, dK = dS^T Q, dQ = dS K.
 template <typename T>
 struct Gradients {
   Heads<T> q, k, v;
   float *q_weight, *k_weight;  // (chunks of groups, width), zeros; or null
 };
 
-// dS^T times scale, in place of dP^T.
+// dS^T in place of dP^T.
 template <int lanes>
 struct LogitGradients {
   static DIFFGAP_HD void run(const float* p, float* dp, int keys, int width, float scale) {
+    using Vector = typename Registers<lanes>::Vector;
     for (int column = 0; column < width; column += lanes) {
-      alignas(64) float total[lanes] = {};
+      Vector total = {};
       for (int j = 0; j < keys; ++j) {
         const int64_t at = static_cast<int64_t>(j) * width + column;
-        for (int l = 0; l < lanes; ++l) total[l] += p[at + l] * dp[at + l];
+        total += *reinterpret_cast<const Vector*>(p + at) * *reinterpret_cast<const Vector*>(dp + at);
       }
       for (int j = 0; j < keys; ++j) {
         const int64_t at = static_cast<int64_t>(j) * width + column;
-        for (int l = 0; l < lanes; ++l) dp[at + l] = scale * p[at + l] * (dp[at + l] - total[l]);
+        Vector& gradient = *reinterpret_cast<Vector*>(dp + at);
+        gradient = scale * *reinterpret_cast<const Vector*>(p + at) * (gradient - total);
       }
     }
   }

@@ -18,7 +18,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from diffgap.ops import _dispatch
-from diffgap.ops._dispatch import choose
+from diffgap.ops._dispatch import Native
+from diffgap.ops._native import CPU_MISSING, TRITON_MISSING
 
 _EPS = 1e-6
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -51,7 +52,7 @@ def adaln(x: Tensor, branch: Tensor | None, gate: Tensor | None, shift: Tensor, 
         branch, gate = (None if t is None else t.to(x.dtype) for t in (branch, gate))
         shift, scale = shift.to(x.dtype), scale.to(x.dtype)
     _check(x, branch, gate, shift, scale)
-    if choose("adaln", x) == "eager":
+    if _dispatch.choose("adaln", x) == "eager":
         return adaln_reference(x, branch, gate, shift, scale)
     y, h = _AdaLN.apply(*_dispatch.distinct(x, branch, gate, shift, scale))
     return (x if branch is None else y), h
@@ -158,7 +159,10 @@ _adaln_backward = _dispatch.define(
     _backward,
     _backward_fake,
 )
-_dispatch.declare("adaln")
+_NATIVE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_TRITON = Native("Triton", _NATIVE_DTYPES, TRITON_MISSING)
+_dispatch.declare("adaln", cpu=Native("C++", _NATIVE_DTYPES, CPU_MISSING), cuda=_TRITON)
+_dispatch.implement(_TRITON, "diffgap.kernels.adaln", adaln="forward", adaln_backward="backward")
 
 
 class _AdaLN(torch.autograd.Function):
@@ -168,14 +172,17 @@ class _AdaLN(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, branch: Tensor | None, gate: Tensor | None, shift: Tensor, scale: Tensor
     ) -> tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)  # the last norm's y is used by nothing: no zeros to read
         ctx.save_for_backward(x, branch, gate, scale)
         y, h = _adaln(x, branch, gate, shift, scale)
         return y, h
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_y: Tensor, grad_h: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_y: Tensor | None, grad_h: Tensor | None) -> tuple[Tensor | None, ...]:
         x, branch, gate, scale = ctx.saved_tensors
+        if grad_h is None:
+            grad_h = torch.zeros_like(x)
         if branch is None:
             dx, _, _, dshift, dscale = _adaln_backward(None, grad_h, x, None, None, scale)
             return dx, None, None, dshift, dscale

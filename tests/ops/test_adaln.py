@@ -1,16 +1,24 @@
-"""adaln: the reference and the registered ops against float64 and torch's own layer norm."""
+"""adaln: the reference, the registered ops and the kernels against float64 and torch's own layer norm."""
 
 from __future__ import annotations
 
 import importlib
+import os
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tests.helpers import assert_close_to_oracle
+import diffgap
+from diffgap.ops import _dispatch
+from diffgap.ops._native import CPU_MISSING
+from tests.helpers import assert_close_to_oracle, relative_l2
+from tests.ops.routes import ROUTES, take
 
 adaln_module = importlib.import_module("diffgap.ops.adaln")
 adaln: Callable[..., tuple[Tensor, Tensor]] = adaln_module.adaln
@@ -18,11 +26,20 @@ adaln: Callable[..., tuple[Tensor, Tensor]] = adaln_module.adaln
 NAMES = ("x", "branch", "gate", "shift", "scale")
 
 
-@pytest.fixture(params=["reference", "registered"])
+needs_kernel = pytest.mark.skipif(CPU_MISSING is not None, reason=str(CPU_MISSING))
+
+
+@pytest.fixture(params=ROUTES)
 def route(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    choice = "eager" if request.param == "reference" else "native"
-    monkeypatch.setattr(adaln_module, "choose", lambda *_: choice)
-    return request.param
+    take(request.param, monkeypatch, adaln_module, _adaln="_forward", _adaln_backward="_backward")
+    return str(request.param)
+
+
+@pytest.fixture(params=["reference", "operators"])
+def compiled_route(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Where compilers look: the reference, which they trace, and the operators, whatever implements these."""
+    monkeypatch.setattr(_dispatch, "choose", lambda *_: "eager" if request.param == "reference" else "native")
+    return str(request.param)
 
 
 def inputs(
@@ -73,7 +90,7 @@ def outputs_and_gradients(
     return [*outputs, *torch.autograd.grad(outputs, wanted, grads)]
 
 
-SHAPES = [(2, 1, 24), (2, 3, 40), (1, 7, 80), (3, 17, 33), (1, 77, 24), (2, 33, 512)]
+SHAPES = [(2, 1, 24), (2, 3, 1), (1, 7, 100), (3, 17, 7), (1, 77, 24), (2, 33, 512), (1, 257, 1000)]
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -94,10 +111,11 @@ def test_adaln_matches_torch(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("per_token", [False, True])
+@pytest.mark.parametrize("first", [False, True])
 @pytest.mark.usefixtures("route")
-def test_adaln_accuracy(shape: tuple[int, ...], per_token: bool, dtype: torch.dtype) -> None:
-    arguments = inputs(*shape, dtype, per_token=per_token)
-    exact = outputs_and_gradients(explicit, [x.double() for x in arguments])
+def test_adaln_accuracy(shape: tuple[int, ...], per_token: bool, first: bool, dtype: torch.dtype) -> None:
+    arguments = inputs(*shape, dtype, per_token=per_token, first=first)
+    exact = outputs_and_gradients(explicit, [None if x is None else x.double() for x in arguments])
     ours, torchs = (outputs_and_gradients(f, arguments) for f in (adaln, with_layer_norm))
     for actual, expected, eager in zip(ours, exact, torchs, strict=True):
         assert actual.dtype == dtype
@@ -113,11 +131,13 @@ def test_adaln_gradcheck(per_token: bool, first: bool) -> None:
     assert torch.autograd.gradcheck(adaln, leaves)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("used", ["y", "h"])
 @pytest.mark.usefixtures("route")
-def test_adaln_gradient_through_one_output(used: str) -> None:
+def test_adaln_gradient_through_one_output(used: str, dtype: torch.dtype) -> None:
     def gradients(function: Callable[..., tuple[Tensor, Tensor]]) -> list[Tensor]:
-        leaves = [x.requires_grad_() for x in inputs(2, 3, 8, torch.float64)]
+        exact = torch.float64 if function is explicit else dtype
+        leaves = [x.to(exact).requires_grad_() for x in inputs(2, 3, 8, dtype)]
         output = function(*leaves)[0 if used == "y" else 1]
         grads = torch.autograd.grad(output.square().sum(), leaves, allow_unused=True, materialize_grads=True)
         return list(grads)
@@ -140,8 +160,23 @@ def test_adaln_opcheck(per_token: bool, first: bool) -> None:
     torch.library.opcheck(torch.ops.diffgap.adaln_backward.default, (*grads, x, branch, gate, scale))
 
 
+@pytest.mark.parametrize("used", ["y", "h"])
+@pytest.mark.usefixtures("compiled_route")
+def test_adaln_compiles_where_one_output_is_used(used: str) -> None:
+    def function(*arguments: Tensor) -> Tensor:
+        return adaln(*arguments)[0 if used == "y" else 1] * 2
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    gradients = []
+    for f in (compiled, function):
+        leaves = [x.requires_grad_() for x in inputs(2, 3, 8)]
+        gradients.append(torch.autograd.grad(f(*leaves).square().sum(), leaves, materialize_grads=True))
+    for actual, expected in zip(*gradients, strict=True):
+        assert_close_to_oracle(actual, expected)
+
+
 @pytest.mark.parametrize(("compiler", "first"), [("aot_eager", False), ("aot_eager", True), ("inductor", False)])
-@pytest.mark.usefixtures("route")
+@pytest.mark.usefixtures("compiled_route")
 def test_adaln_compiles(compiler: str, first: bool) -> None:
     def function(*arguments: Tensor) -> tuple[Tensor, Tensor]:
         y, h = adaln(*arguments)
@@ -175,20 +210,113 @@ def test_adaln_empty(shape: tuple[int, ...], first: bool) -> None:
     assert all((x == 0).all() for x in gradients)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.usefixtures("route")
-def test_adaln_any_strides() -> None:
-    x, branch, *_ = inputs(2, 3, 8, torch.float64)
-    rows = torch.randn(1, 3, 8, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+def test_adaln_any_strides(dtype: torch.dtype) -> None:
+    x, branch, *_ = inputs(2, 3, 8, dtype)
+    rows = torch.randn(1, 3, 8, generator=torch.Generator().manual_seed(2), dtype=torch.float64).to(dtype)
 
-    def outputs(function: Callable[..., tuple[Tensor, Tensor]]) -> list[Tensor]:
-        leaves = [t.detach().clone().requires_grad_() for t in (x, branch, rows)]
+    def outputs(function: Callable[..., tuple[Tensor, Tensor]], dtype: torch.dtype) -> list[Tensor]:
+        leaves = [t.detach().to(dtype, copy=True).requires_grad_() for t in (x, branch, rows)]
         transposed = leaves[0].transpose(1, 2).contiguous().transpose(1, 2)
         y, h = function(transposed, leaves[1][:, :1].expand(-1, 3, -1), *leaves[2].expand(2, -1, -1).unbind(1))
-        grad = torch.arange(3.0, dtype=torch.float64)[:, None].expand(2, 3, 8)
+        grad = torch.arange(3.0, dtype=dtype)[:, None].expand(2, 3, 8)
         return [y, h, *torch.autograd.grad((y, h), leaves, (grad, -grad))]
 
-    for actual, expected in zip(outputs(adaln), outputs(explicit), strict=True):
+    for actual, expected in zip(outputs(adaln, dtype), outputs(explicit, torch.float64), strict=True):
         assert_close_to_oracle(actual, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.usefixtures("route")
+def test_adaln_of_strided_rows_is_that_of_their_copies(dtype: torch.dtype) -> None:
+    """Rows in place inside larger tensors, some of them shared by samples or tokens."""
+    generator = torch.Generator().manual_seed(3)
+    wide = torch.randn(4, 20, 6, 40, generator=generator, dtype=torch.float64).to(dtype)
+    x, branch, grad_y, grad_h = (wide[:, :, i, 3:36] for i in range(4))
+    gate, shift, scale = (wide[:, 0, i, :33] for i in range(3))
+    per_token = wide[:1, :, 4, :33].expand(4, -1, -1), wide[:, :1, 5, :33].expand(-1, 20, -1), wide[:, :, 4, :33]
+    for modulation in ((gate, shift, scale), (gate[:1].expand(4, -1),) * 3, per_token):
+        arguments = [x, branch, *modulation]
+        results = []
+        for values in (arguments, [t.contiguous() for t in arguments]):
+            leaves = [t.detach().requires_grad_() for t in values]
+            outputs = adaln(*leaves)
+            results.append([*outputs, *torch.autograd.grad(outputs, leaves, (grad_y, grad_h))])
+        for strided, contiguous in zip(*results, strict=True):
+            assert torch.equal(strided, contiguous)
+
+
+@needs_kernel
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("width", [512, 1000])
+def test_adaln_of_a_large_offset(width: int, dtype: torch.dtype) -> None:
+    """Rows of 1e4 plus noise: E[y^2] - E[y]^2 would lose it, and a mean as float32 rounds it much of it. The kernel
+    corrects the mean, which the reference does not."""
+    x, _, _, shift, scale = inputs(2, 5, width)
+    arguments = [(x + 1e4).to(dtype), None, None, shift.to(dtype), scale.to(dtype)]
+    exact = outputs_and_gradients(explicit, [None if t is None else t.double() for t in arguments])
+    with diffgap.backend("native"):
+        for actual, expected in zip(outputs_and_gradients(adaln, arguments), exact, strict=True):
+            assert_close_to_oracle(actual, expected)
+
+
+@needs_kernel
+@pytest.mark.parametrize("width", [500, 512])
+@pytest.mark.parametrize("first", [False, True])
+def test_adaln_of_more_than_the_caches_hold(width: int, first: bool) -> None:
+    """Where the kernel writes its results past the caches (512), and where rows do not begin at lines."""
+    arguments = inputs(12, 1500, width, first=first)
+    exact = outputs_and_gradients(explicit, [None if x is None else x.double() for x in arguments])
+    with diffgap.backend("native"):
+        for actual, expected in zip(outputs_and_gradients(adaln, arguments), exact, strict=True):
+            assert_close_to_oracle(actual, expected)
+
+
+@needs_kernel
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(1, 1100, 64), (70, 40, 100), (3, 5000, 512)])
+@pytest.mark.parametrize("per_token", [False, True])
+def test_adaln_does_not_depend_on_the_number_of_threads(
+    shape: tuple[int, ...], per_token: bool, dtype: torch.dtype
+) -> None:
+    arguments, results, threads = inputs(*shape, dtype, per_token=per_token), [], torch.get_num_threads()
+    with diffgap.backend("native"):
+        for count in (1, 1, 2, 7):
+            torch.set_num_threads(count)
+            results.append(outputs_and_gradients(adaln, arguments))
+    torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(torch.equal(x, y) for x, y in zip(results[0], other, strict=True))
+
+
+INSTRUCTION_SETS = """
+import sys
+import torch
+from tests.ops.test_adaln import adaln, inputs, outputs_and_gradients
+
+results = []
+for dtype in (torch.float32, torch.float16, torch.bfloat16):
+    for shape in ((2, 3, 1), (3, 17, 7), (2, 33, 100), (1, 40, 512), (6, 3000, 512)):
+        for options in ({}, {"per_token": True}, {"first": True}):
+            if shape[1] < 3000 or dtype == torch.float32:
+                results += outputs_and_gradients(adaln, inputs(*shape, dtype, **options))
+torch.save(results, sys.argv[1])
+"""
+
+
+@needs_kernel
+def test_adaln_gives_the_same_numbers_with_every_instruction_set(tmp_path: Path) -> None:
+    results = {}
+    for isa in ("widest", "avx512", "avx2", "baseline"):
+        environment = {**os.environ, "DIFFGAP_CPU_ISA": isa, "DIFFGAP_BACKEND": "native"}
+        command = [sys.executable, "-c", INSTRUCTION_SETS, str(tmp_path / isa)]
+        subprocess.run(command, cwd=Path(__file__).resolve().parents[2], env=environment, check=True)
+        results[isa] = torch.load(tmp_path / isa)
+    for isa, ours in results.items():
+        for actual, widest in zip(ours, results["widest"], strict=True):
+            tolerance = 2e-6 if actual.dtype == torch.float32 else torch.finfo(actual.dtype).eps
+            assert relative_l2(actual, widest) <= tolerance, isa
 
 
 @pytest.mark.usefixtures("route")
