@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 import triton
-from diffgap.kernels import clip_loss, siglip_loss, similarity
+from diffgap.kernels import adaln, attention, clip_loss, siglip_loss, similarity
+from diffgap.kernels._attention_configs import config_for
 from diffgap.kernels._tiles import TILES, Product
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
@@ -70,6 +71,17 @@ def compile_launches(target: str, launch: Callable[[], object]) -> dict[str, Any
     return compiled
 
 
+@contextmanager
+def _multiplied_as(product: Product) -> Iterator[None]:
+    """Inside, torch's setting is that by which kernels multiply float32 so."""
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if product == "tf32" else "highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
+
+
 def contrastive_kernels(target: str, product: Product, width: int = 512) -> dict[str, Any]:
     """The kernels of the contrastive ops with the configuration they ship with for a chip, compiled, by
     ``op/variant/kernel``."""
@@ -108,13 +120,50 @@ def contrastive_kernels(target: str, product: Product, width: int = 512) -> dict
         "similarity_ranks/ids": lambda: similarity.ranks(a, a, ids, ids, tile),
         "similarity_topk/k=10": lambda: similarity.topk(a, a, 10, tile),
     }
-    precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high" if product == "tf32" else "highest")
-    try:
+    with _multiplied_as(product):
         return {
             f"{case}/{kernel.strip('_').removesuffix('_kernel')}": compiled
             for case, launch in launches.items()
             for kernel, compiled in compile_launches(target, launch).items()
         }
-    finally:
-        torch.set_float32_matmul_precision(precision)
+
+
+def adaln_kernels(target: str, dtype: torch.dtype, width: int) -> dict[str, Any]:
+    """The kernels of ``adaln`` as they ship for rows of a width, compiled, by ``op/variant/kernel``."""
+    config = adaln.config_for(width, TARGETS[target].warp_size)
+    # Modulation as the denoiser has it: rows of one tensor. As many tokens as make the sums go over several chunks.
+    x, rows = torch.zeros(16, 256, width, dtype=dtype), torch.zeros(16, 6, width, dtype=dtype)
+    shift, scale, gate, *_ = rows.unbind(1)
+    launches: dict[str, Callable[[], object]] = {
+        "adaln/gated": lambda: adaln.forward(x, x, gate, shift, scale, config),
+        "adaln/first": lambda: adaln.forward(x, None, None, shift, scale, config),
+        "adaln_backward/gated": lambda: adaln.backward(x, x, x, x, gate, scale, config),
+        "adaln_backward/first": lambda: adaln.backward(None, x, x, None, None, scale, config),
+        "adaln_backward/per_token": lambda: adaln.backward(x, x, x, x, x, x, config),
+    }
+    return {
+        f"{case}/{kernel.strip('_').removesuffix('_kernel')}": compiled
+        for case, launch in launches.items()
+        for kernel, compiled in compile_launches(target, launch).items()
+    }
+
+
+def attention_kernels(target: str, product: Product, n_q: int, n_k: int, d: int, plain: bool = False) -> dict[str, Any]:
+    """The kernels of attention for one size with the configuration they ship with for a chip, compiled, by
+    ``op/variant/kernel``: with all options, which take the most registers, or ``plain``, without any."""
+    dtype = torch.bfloat16 if product == "half" else torch.float32
+    q, k = (torch.zeros(16, n, 8, d, dtype=dtype) for n in (n_q, n_k))
+    weight, mask = torch.ones(d), torch.ones(16, n_k, dtype=torch.bool)
+    options = (None, None, None, d**-0.5, False) if plain else (weight, weight, mask, d**-0.5, True)
+    forward, backward = (config_for(target, product, n_q, n_k, d, which) for which in ("forward", "backward"))
+    saved = (q, torch.zeros(16, 8, n_q)) if max(n_q, n_k) > attention.SHORT else (None, None)
+    launches: dict[str, Callable[[], object]] = {
+        "attention": lambda: attention.forward(q, k, k, *options, forward),
+        "attention_backward": lambda: attention.backward(q, *saved, q, k, k, *options, backward),
+    }
+    with _multiplied_as(product):
+        return {
+            f"{op}/{'plain' if plain else 'all'}/{kernel.removesuffix('_kernel')}": compiled
+            for op, launch in launches.items()
+            for kernel, compiled in compile_launches(target, launch).items()
+        }

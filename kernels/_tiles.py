@@ -43,16 +43,13 @@ class Tile:
         return replace(self, block_n=min(self.block_n, 64))
 
     def options(self, x: Tensor) -> dict[str, Any]:
-        """Launch arguments of a kernel that computes tiles of the rows of ``x``.
-
-        ``WIDEN`` because Triton's interpreter multiplies bfloat16 wrongly, and truncates where it should round.
-        """
+        """Launch arguments of a kernel that computes tiles of the rows of ``x``."""
         return {
             "BLOCK_M": self.block_m,
             "BLOCK_N": self.block_n,
             "BLOCK_D": self.block_d,
-            "PRECISION": "tf32" if product_kind(x) == "tf32" else "ieee",
-            "WIDEN": bool(triton.knobs.runtime.interpret) and x.dtype == torch.bfloat16,
+            "PRECISION": input_precision(x),
+            "WIDEN": widens(x),
             "num_warps": self.num_warps,
             "num_stages": self.num_stages,
         }
@@ -90,22 +87,41 @@ def product_kind(x: Tensor) -> Product:
     return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
-def tile_for(x: Tensor) -> Tile:
-    """The row of the table for the device and dtype of ``x``.
+def input_precision(x: Tensor) -> str:
+    """The argument of ``tl.dot``."""
+    return "tf32" if product_kind(x) == "tf32" else "ieee"
+
+
+def widens(x: Tensor) -> bool:
+    """Whether kernels compute in float32 what is bfloat16: Triton's interpreter multiplies it wrongly, and truncates
+    where it should round."""
+    return bool(triton.knobs.runtime.interpret) and x.dtype == torch.bfloat16
+
+
+def chip_of(x: Tensor) -> str:
+    """The chip of the tables that the device of ``x`` takes.
 
     Raises:
         RuntimeError: a GPU that Triton does not compile for.
     """
     if torch.version.hip is not None:
-        return TILES["gfx942", product_kind(x)]
+        return "gfx942"
     major, minor = torch.cuda.get_device_capability(x.device)
     if major < 8:
         raise RuntimeError(
             f"the Triton kernels need compute capability 8.0, this GPU has {major}.{minor}; "
             "use diffgap.backend('eager')"
         )
-    chip = {9: "sm_90", 10: "sm_100", 12: "sm_120"}.get(major, "sm_80")
-    return TILES[chip, product_kind(x)]
+    return {9: "sm_90", 10: "sm_100", 12: "sm_120"}.get(major, "sm_80")
+
+
+def tile_for(x: Tensor) -> Tile:
+    """The row of the table for the device and dtype of ``x``.
+
+    Raises:
+        RuntimeError: a GPU that Triton does not compile for.
+    """
+    return TILES[chip_of(x), product_kind(x)]
 
 
 def program_slots(x: Tensor, tile: Tile) -> int:
@@ -175,12 +191,21 @@ def add_to(p_sum, b_value, mask=None):
 
 
 @triton.jit
+def narrow(b_x, dtype: tl.constexpr, WIDEN: tl.constexpr):
+    """float32 rounded to ``dtype``; where WIDEN, to bfloat16's numbers, but still float32."""
+    if WIDEN:
+        b_bits = b_x.to(tl.int32, bitcast=True)
+        b_bits += 0x7FFF + ((b_bits >> 16) & 1)  # so that truncating rounds
+        b_x = (b_bits & -0x10000).to(tl.float32, bitcast=True)
+    else:
+        b_x = b_x.to(dtype)
+    return b_x
+
+
+@triton.jit
 def store_gradient(p_g, b_g, mask, WIDEN: tl.constexpr):
     """Store in the dtype of the embeddings."""
-    if WIDEN:
-        b_bits = b_g.to(tl.int32, bitcast=True)
-        b_g = (b_bits + 0x7FFF + ((b_bits >> 16) & 1)).to(tl.float32, bitcast=True)  # so that truncating rounds
-    tl.store(p_g, b_g.to(p_g.dtype.element_ty), mask=mask)
+    tl.store(p_g, narrow(b_g, p_g.dtype.element_ty, WIDEN).to(p_g.dtype.element_ty), mask=mask)
 
 
 def blocks(rows: int, size: int) -> int:
