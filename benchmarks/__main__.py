@@ -13,6 +13,7 @@ import torch
 
 from benchmarks.cases import Case
 from benchmarks.machine import header
+from benchmarks.memory import keep_freed_memory
 from benchmarks.report import save, to_markdown
 from benchmarks.runner import Result, run_case
 from benchmarks.timing import Budget, Clock, CpuClock, CudaClock
@@ -63,6 +64,7 @@ def main(argv: Sequence[str]) -> int:
     if args.device == "cuda" and not torch.cuda.is_available():
         options.error("--device cuda: no CUDA device is visible; use --device cpu")
     torch.set_num_threads(args.threads)
+    keep_freed_memory()
     device = torch.device(args.device)
     clock = CudaClock() if device.type == "cuda" else CpuClock(args.threads)
     description = header(device, clock, argv, (peer.install for case in cases for peer in case.peers))

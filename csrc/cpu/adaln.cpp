@@ -57,11 +57,14 @@ class Scratch {
  public:
   enum Row { kX, kBranch, kGate, kShift, kScale, kGradY, kGradH, kDGate, kDShift, kDScale, kRows };
 
-  explicit Scratch(int width) : stride_(round_up(width, kAligned)), memory_(kRows * stride_) {}
+  explicit Scratch(int width) : stride_(round_up(width, kAligned) + kApart), memory_(kRows * stride_) {}
   float* operator[](Row row) const { return memory_.data() + row * stride_; }
 
  private:
   static constexpr int64_t kAligned = 16;
+  // Rows a multiple of 4 KiB apart would share the lines of the first-level cache, and stores to one hold up loads of
+  // another.
+  static constexpr int64_t kApart = 5 * kAligned;
   int64_t stride_;
   Buffer<float> memory_;
 };
@@ -237,7 +240,7 @@ std::tuple<Tensor, Tensor> adaln(const Tensor& x_in, const std::optional<Tensor>
                        view_of<T>(gate), view_of<T>(shift), view_of<T>(scale), {}, {}};
     const Outputs<T> out{mutable_data_of<T>(y), mutable_data_of<T>(h)};
     torch::stable::parallel_for(0, shape[0] * shape[1], 1 + kGrain / width, [&](int64_t first, int64_t last) {
-      run_blocked<ForwardRows<T>>(in, out, Scratch(width), first, last);
+      run_lanes<ForwardRows<T>>(in, out, Scratch(width), first, last);
       if (past) fence_stores();
     });
   });
@@ -281,7 +284,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> adaln_backward(
       const Scratch scratch(n);
       for (int64_t job = first; job < last; ++job) {
         const int64_t sample = job / chunks, token = job % chunks * kChunk;
-        run_blocked<BackwardRows<T>>(in, out, scratch, sums.data() + job * kSums * width, sample, token,
+        run_lanes<BackwardRows<T>>(in, out, scratch, sums.data() + job * kSums * width, sample, token,
                                      std::min(token + kChunk, tokens));
       }
       if (past) fence_stores();
