@@ -6,17 +6,17 @@ with the pipes and rates of :mod:`benchmarks.model`, so every time is a lower bo
 
 - HBM is charged once for what a pass is given or gives back, and for every touch of a tensor that L2 does not hold; one
   that does not outlive the pass stays in L2 if it fits. The backward pass finds nothing of the forward pass there.
-- Products, exponentials and the arithmetic of a softmax are done for whole tiles, the rows and columns of padding
-  included. Shared memory, conversions, addresses and a grid's last wave are left out for all.
+- Products, exponentials and the arithmetic of a softmax are done for whole tiles, with padding. Shared memory,
+  conversions, addresses and a grid's last wave are left out for all. A kernel lasts a launch at least.
 - Tensor cores run at their published peak. On an H100 it is WGMMA's, which tiles of fewer than 64 rows and kernels made
   for an A100, flash's and xformers', do not use.
-- A kernel lasts a launch at least: ``LAUNCH_SECONDS`` of :mod:`benchmarks.model`, with its source.
+- Our tiles are those of ``kernels/_attention_configs.py``; what our programs load twice comes from L2, never from L1.
 
 ================  ==============================================  =====================================================
 implementation    forward, per (batch, head)                      backward
 ================  ==============================================  =====================================================
 diffgap, short    1 kernel, tile of 16 to 64 rows, pairs packed   1 kernel, 5 products; reads q, k, v, dO
-diffgap, long     1 kernel, 64 x 64, writes lse                   3 kernels: delta; dq (3 products); dk and dv (4)
+diffgap, long     1 kernel, writes lse                            2 kernels: dq and delta (3 products); dk and dv (4)
 sdpa_flash        1 kernel, 128 x 128, writes lse                 3 kernels: delta and zeros; 5 products; dq to bfloat16
 xformers_cutlass  1 kernel, 64 x 64                               1 kernel, 64 x 64, 5 products
 eager             7 kernels, logits and probabilities in memory   7 kernels
@@ -28,8 +28,7 @@ has its rows rounded up to 128, all of which are cleared, added to and converted
 kernels, which PyTorch has as SDPA's efficient backend, ``mem_eff_attention/kernels/generate_kernels.py`` (tiles at d =
 64) and ``kernel_backward.h`` (delta in the kernel); left to itself, xformers takes FlashAttention in bfloat16 where it
 can (0.0.35, ``ops/fmha/dispatch.py``), and has sdpa_flash's times. eager: ``softmax(s q k^T) v`` on transposed views in
-bfloat16, with the copies that batched products make of them; its products are charged without padding. Our reference,
-which computes in float32, moves more.
+bfloat16, with the copies that batched products make of them; its products are charged without padding.
 
 ``python -m benchmarks.attention_model [--json FILE]`` prints the tables, all of kind ``modelled``.
 """
@@ -46,7 +45,9 @@ from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from diffgap.kernels._attention_configs import SHORT, Pass, config_for
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from benchmarks.cases import DIRECTIONS, Direction
 from benchmarks.gpus import GPUS, Gpu
@@ -62,10 +63,8 @@ HEADS, HEAD_DIM = 8, 64
 _DRAWN_BATCH = 1024
 _BF16, _FP32 = 2, 4
 
-#: The least rows of a tensor core's tile in Triton, and the most tokens of the short path.
-LEAST_ROWS, SHORT = 16, 64
 #: (queries, keys).
-LONG_TILE, FLASH_TILE, XFORMERS_TILE = (64, 64), (128, 128), (64, 64)
+FLASH_TILE, XFORMERS_TILE = (128, 128), (64, 64)
 #: Rows that xformers' log-sum-exps are padded to: kAlignLSE in kernel_forward.h.
 XFORMERS_LSE_ROWS = 32
 
@@ -78,7 +77,6 @@ class PerLogit(NamedTuple):
     integer: int = 0
 
 
-_NOTHING = PerLogit()
 #: Maximum; multiply-add of the exponent; sum.
 _SOFTMAX = PerLogit(special=1, fp32=2, integer=1)
 #: P (dP - delta), delta being P dP summed.
@@ -127,24 +125,20 @@ class Shape:
         """Tiles along the queries and along the keys."""
         return -(-self.n_q // tile[0]), -(-self.n_k // tile[1])
 
+    def again(self, tile: tuple[int, int]) -> tuple[float, float]:
+        """Bytes that blocks after the first read: those of queries k and v, those of keys q and dO."""
+        query_blocks, key_blocks = self.blocks(tile)
+        return (query_blocks - 1) * 2.0 * _BF16 * self.k, (key_blocks - 1) * 2.0 * _BF16 * self.q
+
     def padded(self, tile: tuple[int, int], packed: int = 1) -> float:
         """Logits of whole tiles, each of which holds ``packed`` pairs."""
         query_blocks, key_blocks = self.blocks(tile)
         return self.pairs / packed * query_blocks * tile[0] * key_blocks * tile[1]
 
 
-@dataclass(frozen=True)
-class Passes:
-    """An implementation.
-
-    Attributes:
-        name: In the tables.
-        forward: The kernels of a forward pass.
-        backward: Those of a backward pass.
-        forward_peak: Extra memory of a forward pass, its output included.
-        peak: Extra memory of both, the gradients included.
-        training: The kernels of a forward pass that a backward pass follows, where that is another.
-    """
+class Passes(NamedTuple):
+    """An implementation: the kernels of a forward and of a backward pass, the extra memory of the one, its output
+    included, and of both, and the kernels of a forward pass that a backward pass follows, where they are others."""
 
     name: str
     forward: tuple[Kernel, ...]
@@ -159,25 +153,16 @@ class Passes:
         return Implementation(self.name, (self.training or self.forward) + self.backward, round(self.peak))
 
 
-@dataclass(frozen=True)
-class Launch:
-    """One kernel.
-
-    Attributes:
-        name: In the tables.
-        touches: Names of the tensors that it reads or writes, each as often as it does.
-        products: Of ``2 * logits * HEAD_DIM`` operations.
-        logits: That it computes, padding included.
-        per_logit: What else it does for each of them.
-        repeated: Bytes that several programs read, from L2.
-    """
+class Launch(NamedTuple):
+    """One kernel: the names of the tensors that it reads or writes, each as often as it does; products of ``2 * logits
+    * HEAD_DIM`` operations; logits with padding, and what else is done for each; bytes read again, from L2."""
 
     name: str
     touches: str
     products: int = 0
     logits: float = 0.0
-    per_logit: PerLogit = _NOTHING
-    repeated: float = 0.0
+    per_logit: PerLogit = PerLogit()
+    again: float = 0.0
 
 
 def kernels(gpu: Gpu, sizes: Mapping[str, float], internal: str, *launches: Launch) -> tuple[Kernel, ...]:
@@ -185,47 +170,54 @@ def kernels(gpu: Gpu, sizes: Mapping[str, float], internal: str, *launches: Laun
     seen = set(internal.split())
     result = []
     for launch in launches:
-        hbm = 0.0
+        hbm, through_l2 = 0.0, launch.again
         for name in launch.touches.split():
-            if name not in seen or sizes[name] > gpu.l2_bytes:
-                hbm += sizes[name]
+            through_l2 += sizes[name]
+            hbm += sizes[name] if name not in seen or sizes[name] > gpu.l2_bytes else 0.0
             seen.add(name)
-        through_l2 = sum(sizes[name] for name in launch.touches.split()) + launch.repeated
         flops = launch.products * 2 * launch.logits * HEAD_DIM
         special, fp32, integer = (count * launch.logits for count in launch.per_logit)
         result.append(Kernel(launch.name, flops, special=special, fp32=fp32, integer=integer, l2=through_l2, hbm=hbm))
     return tuple(result)
 
 
-def packed_tile(n_q: int, n_k: int) -> tuple[tuple[int, int], int]:
-    """The short path's tile, and how many pairs it holds: powers of two of at least four tokens fill 16 rows."""
-    rows, columns = (max(4, 1 << (n - 1).bit_length()) for n in (n_q, n_k))
-    packed = max(1, LEAST_ROWS // max(rows, columns))
-    return (max(LEAST_ROWS, rows * packed), max(LEAST_ROWS, columns * packed)), packed
-
-
 def ours(gpu: Gpu, shape: Shape) -> Passes:
     """diffgap's Triton kernels."""
-    sizes = shape.sizes()
+    return _short(gpu, shape) if max(shape.n_q, shape.n_k) <= SHORT else _long(gpu, shape)
+
+
+def _tile(gpu: Gpu, shape: Shape, which: Pass) -> tuple[tuple[int, int], int]:
+    """Rows that a program holds and rows that it walks over, and the pairs that share them."""
+    config = config_for(gpu.chip, "half", shape.n_q, shape.n_k, HEAD_DIM, which)
+    return (config.block_m, config.block_n), config.pairs
+
+
+def _short(gpu: Gpu, shape: Shape) -> Passes:
+    sizes, (tile, pairs) = shape.sizes(), _tile(gpu, shape, "forward")
+    logits = shape.padded(tile, pairs)
+    # Inputs of several pairs in a tile are first searched for what is not finite; gradients take q and k once more.
+    searched = sizes["q"] + 2 * sizes["k"] if pairs > 1 else 0.0
+    again = sizes["q"] + sizes["k"] + (searched + sizes["do"] if pairs > 1 else 0.0)
+    forward = Launch("forward", "q k v o", 2, logits, _SOFTMAX, searched)
+    backward = Launch("backward", "q k v do dq dk dv", 5, logits, _WHOLE_GRADIENT, again)
     output, gradients = sizes["o"], sizes["dq"] + sizes["dk"] + sizes["dv"]
-    if max(shape.n_q, shape.n_k) <= SHORT:
-        logits = shape.padded(*packed_tile(shape.n_q, shape.n_k))
-        forward = kernels(gpu, sizes, "", Launch("forward", "q k v o", 2, logits, _SOFTMAX))
-        backward = kernels(gpu, sizes, "", Launch("backward", "q k v do dq dk dv", 5, logits, _WHOLE_GRADIENT))
-        return Passes("diffgap", forward, backward, output, output + gradients)
-    logits = shape.padded(LONG_TILE)
-    query_blocks, key_blocks = shape.blocks(LONG_TILE)
-    keys, queries = (query_blocks - 1) * 2 * sizes["k"], (key_blocks - 1) * 2 * sizes["q"]
-    forward = kernels(gpu, sizes, "", Launch("forward", "q k v o lse", 2, logits, _SOFTMAX, keys))
-    backward = kernels(
-        gpu,
-        sizes,
-        "delta",
-        Launch("delta", "o do delta"),
-        Launch("dq", "q k v do lse delta dq", 3, logits, _GRADIENT, keys),
-        Launch("dk, dv", "q k v do lse delta dk dv", 4, logits, _GRADIENT, queries),
-    )
-    return Passes("diffgap", forward, backward, output + sizes["lse"], output + gradients + 2 * sizes["lse"])
+    passes = kernels(gpu, sizes, "", forward), kernels(gpu, sizes, "", backward)
+    return Passes("diffgap", *passes, output, output + gradients)
+
+
+def _long(gpu: Gpu, shape: Shape) -> Passes:
+    sizes, (tile, _), (dq_tile, _) = shape.sizes(), _tile(gpu, shape, "forward"), _tile(gpu, shape, "backward")
+    dk_tile = dq_tile[1], dq_tile[0]
+    keys, _ = shape.again(tile)
+    forward = Launch("forward", "q k v o lse", 2, shape.padded(tile), _SOFTMAX, keys)
+    # dO is loaded for delta, and for the products.
+    again = shape.again(dq_tile)[0] + sizes["do"]
+    dq = Launch("dq", "q k v o do lse delta dq", 3, shape.padded(dq_tile), _GRADIENT, again)
+    _, queries = shape.again(dk_tile)
+    dk = Launch("dk, dv", "q k v do lse delta dk dv", 4, shape.padded(dk_tile), _GRADIENT, queries)
+    output, gradients = sizes["o"] + sizes["lse"], sizes["dq"] + sizes["dk"] + sizes["dv"]
+    passes = kernels(gpu, sizes, "", forward), kernels(gpu, sizes, "delta", dq, dk)
+    return Passes("diffgap", *passes, output, output + gradients + sizes["delta"])
 
 
 def sdpa_flash(gpu: Gpu, shape: Shape) -> Passes:
@@ -234,18 +226,13 @@ def sdpa_flash(gpu: Gpu, shape: Shape) -> Passes:
     query_blocks, key_blocks = shape.blocks(FLASH_TILE)
     rows = shape.pairs * query_blocks * FLASH_TILE[0]
     sizes = shape.sizes() | {"delta": _FP32 * rows, "sum": _FP32 * rows * HEAD_DIM}
-    keys, queries = (query_blocks - 1) * 2 * sizes["k"], (key_blocks - 1) * 2 * sizes["q"]
+    keys, queries = shape.again(FLASH_TILE)
     forward = kernels(gpu, sizes, "", Launch("forward", "q k v o lse", 2, logits, _SOFTMAX, keys))
     # An addition in memory reads and writes it, once for every block of keys.
     added = " sum" * 2 * key_blocks
-    backward = kernels(
-        gpu,
-        sizes,
-        "delta sum",
-        Launch("delta, zeros", "o do delta sum"),
-        Launch("dk, dv, sum of dq", "q k v do lse delta dk dv" + added, 5, logits, _GRADIENT, queries),
-        Launch("dq", "sum dq"),
-    )
+    dk = Launch("dk, dv, sum of dq", "q k v do lse delta dk dv" + added, 5, logits, _GRADIENT, queries)
+    zeros, dq = Launch("delta, zeros", "o do delta sum"), Launch("dq", "sum dq")
+    backward = kernels(gpu, sizes, "delta sum", zeros, dk, dq)
     output, gradients = sizes["o"] + sizes["lse"], sizes["dq"] + sizes["dk"] + sizes["dv"]
     return Passes("sdpa_flash", forward, backward, output, output + gradients + sizes["delta"] + sizes["sum"])
 
@@ -257,7 +244,7 @@ def xformers(gpu: Gpu, shape: Shape) -> Passes:
     lse_rows = -(-shape.n_q // XFORMERS_LSE_ROWS) * XFORMERS_LSE_ROWS
     sizes = shape.sizes()
     sizes |= {"lse": _FP32 * shape.pairs * lse_rows, "delta": sizes["lse"]}
-    keys, queries = (query_blocks - 1) * 2 * sizes["k"], (key_blocks - 1) * 2 * sizes["q"]
+    keys, queries = shape.again(XFORMERS_TILE)
     # One program has all blocks of a pair, so that its float32 sum of dq stays in L2.
     sums = (key_blocks - 1) * 2 * _FP32 * shape.pairs * query_blocks * XFORMERS_TILE[0] * HEAD_DIM
     forward = kernels(gpu, sizes, "", Launch("forward", "q k v o", 2, logits, _SOFTMAX, keys))
@@ -265,8 +252,8 @@ def xformers(gpu: Gpu, shape: Shape) -> Passes:
     touches = "q k v o do lse delta delta dq dk dv"
     backward = kernels(gpu, sizes, "delta", Launch("backward", touches, 5, logits, _GRADIENT, queries + sums))
     output, gradients = sizes["o"], sizes["dq"] + sizes["dk"] + sizes["dv"]
-    peak = output + gradients + sizes["lse"] + sizes["delta"]
-    return Passes("xformers_cutlass", forward, backward, output, peak, training)
+    statistics = sizes["lse"] + sizes["delta"]
+    return Passes("xformers_cutlass", forward, backward, output, output + gradients + statistics, training)
 
 
 def eager(gpu: Gpu, shape: Shape) -> Passes:
@@ -275,33 +262,25 @@ def eager(gpu: Gpu, shape: Shape) -> Passes:
     sizes = shape.sizes()
     sizes |= dict.fromkeys(("scaled", "q_copy", "do_copy", "dscaled"), q) | dict.fromkeys(("k_copy", "v_copy"), k)
     sizes |= dict.fromkeys(("s", "p", "ds", "dp"), _BF16 * logits)
-    forward = kernels(
-        gpu,
-        sizes,
-        "scaled q_copy k_copy v_copy s p",
-        Launch("scale", "q scaled"),
-        Launch("copy", "scaled q_copy"),
-        Launch("copy", "k k_copy"),
+    forward = (
+        *(Launch("copy", x) for x in ("q scaled", "scaled q_copy", "k k_copy", "v v_copy")),
         Launch("product", "q_copy k_copy s", 1, logits),
         Launch("softmax", "s p", 0, logits, _SOFTMAX),
-        Launch("copy", "v v_copy"),
         Launch("product", "p v_copy o", 1, logits),
     )
-    backward = kernels(
-        gpu,
-        sizes,
-        "do_copy dp ds dscaled",
+    backward = (
         Launch("copy", "do do_copy"),
-        Launch("product", "do_copy v_copy dp", 1, logits),
-        Launch("product", "p do_copy dv", 1, logits),
+        *(Launch("product", x, 1, logits) for x in ("do_copy v_copy dp", "p do_copy dv")),
         Launch("softmax", "p dp ds", 0, logits, _SOFTMAX_GRADIENT),
-        Launch("product", "ds k_copy dscaled", 1, logits),
-        Launch("product", "ds q_copy dk", 1, logits),
+        *(Launch("product", x, 1, logits) for x in ("ds k_copy dscaled", "ds q_copy dk")),
         Launch("scale", "dscaled dq"),
     )
+    passes = (
+        kernels(gpu, sizes, "scaled q_copy k_copy v_copy s p", *forward),
+        kernels(gpu, sizes, "do_copy dp ds dscaled", *backward),
+    )
     p = sizes["p"]
-    saved = q + k + k + p
-    return Passes("eager", forward, backward, max(2 * q + k + p, 2 * p, p + k + q), saved + q + q + k + 2 * p)
+    return Passes("eager", *passes, max(2 * q + k + p, 2 * p, p + k + q), 3 * q + 3 * k + 3 * p)
 
 
 IMPLEMENTATIONS: tuple[Callable[[Gpu, Shape], Passes], ...] = (ours, sdpa_flash, xformers, eager)
@@ -352,26 +331,31 @@ def bound(gpu: Gpu, entry: Implementation) -> str:
 
 
 def draw(path: Path, modelled: Mapping[Gpu, Sequence[Row]]) -> None:
-    """Time over the floor by length, a panel for every GPU and direction."""
-    figure = Figure(figsize=(10, 4 * len(modelled)), layout="constrained")
+    """Time over the floor by length, a panel for every GPU and direction; markers shrink, so that equal times show."""
+    figure = Figure(figsize=(10, 3.6 * len(modelled) + 0.8), layout="constrained")
     grid = figure.subplots(len(modelled), len(DIRECTIONS), squeeze=False, sharex=True, sharey=True)
-    for (gpu, of_gpu), panels in zip(modelled.items(), grid, strict=True):
-        for direction, axes in zip(DIRECTIONS, panels, strict=True):
-            prefix = f"attention/{direction}/{_DRAWN_BATCH}x"
-            rows = [row for row in of_gpu if row.case.startswith(prefix)]
-            for name, colour, marker in zip(implementations(rows), _COLOURS, _MARKERS, strict=False):
-                ratios = [row.median_s / row.floor_s for row in rows if row.impl == name]
-                axes.plot(LENGTHS, ratios, marker=marker, color=colour, label=name)
-            axes.set_xscale("log", base=2)
-            axes.set_yscale("log")
-            axes.set_xticks(LENGTHS, [str(n) for n in LENGTHS])
-            axes.axhline(1.0, color="0.4", linestyle="--", linewidth=1)
-            axes.set_title(f"{direction}, B = {_DRAWN_BATCH}, {gpu.name} (modelled)", fontsize=9)
-            axes.grid(color="0.9")
-            axes.set_ylabel("time / floor")
-    for axes in grid[-1]:
-        axes.set_xlabel("tokens")
-    grid[0][0].legend(frameon=False)
+    panels = ((gpu, rows, direction) for gpu, rows in modelled.items() for direction in DIRECTIONS)
+    for (gpu, of_gpu, direction), axes in zip(panels, grid.flat, strict=True):
+        rows = [row for row in of_gpu if row.case.startswith(f"attention/{direction}/{_DRAWN_BATCH}x")]
+        axes.axhline(1.0, color="0.4", linestyle="--", linewidth=1)
+        for index, name in enumerate(implementations(rows)):
+            ratios = [row.median_s / row.floor_s for row in rows if row.impl == name]
+            style = {"marker": _MARKERS[index], "color": _COLOURS[index], "markersize": 11 - 2 * index}
+            axes.plot(LENGTHS, ratios, label=name, linewidth=1.2, **style)
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        axes.set_xticks(LENGTHS, [str(n) for n in LENGTHS])
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter(NullFormatter())
+        axes.set(xlabel="tokens", ylabel="time / floor", title=f"{gpu.name}, {direction}")
+        axes.grid(color="0.9")
+        axes.label_outer()
+    figure.suptitle(
+        f"Attention in bfloat16, B = {_DRAWN_BATCH}, H = {HEADS}, d = {HEAD_DIM}: modelled, lower is better"
+    )
+    lines, names = grid[0][0].get_legend_handles_labels()
+    figure.legend(lines, names, loc="outside lower center", ncols=len(names), frameon=False)
     figure.savefig(path, dpi=110, format="png")
 
 

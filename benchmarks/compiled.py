@@ -35,7 +35,6 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 import triton
-from diffgap.kernels._attention_configs import SHORT
 from diffgap.kernels._tiles import Product
 
 from benchmarks.aot import TARGETS, adaln_kernels, attention_kernels, contrastive_kernels
@@ -78,15 +77,22 @@ class Family:
 
 
 def _attention(case: Case) -> dict[str, Any]:
-    n, d = case.size
-    return attention_kernels(case.chip, _PRODUCTS[case.dtype], n, n, d)
+    n_q, n_k, d = case.size
+    return attention_kernels(case.chip, _PRODUCTS[case.dtype], n_q, n_k, d)
 
 
-#: The buckets of the short path, and a length of the long one.
-_LENGTHS = (4, 8, 16, 32, SHORT, 4 * SHORT)
+#: Queries and keys: every tile of the short path, some of several pairs, and a length of the long one.
+_TOKENS = (
+    *((4, 4), (4, 8), (8, 8), (16, 16), (16, 32), (16, 64), (32, 16), (32, 32), (32, 64), (64, 16), (64, 32), (64, 64)),
+    (256, 256),
+)
 FAMILIES: dict[str, Family] = {
     "attention": Family(
-        "tokens x d", tuple((n, d) for n in _LENGTHS for d in (64, 128)), ("bf16", "fp32", "tf32"), _attention
+        "queries x keys x d",
+        # Columns beyond 80 are masked.
+        tuple((n_q, n_k, d) for n_q, n_k in _TOKENS for d in (64, 80, 128) if d != 80 or n_q == n_k >= 16),
+        ("bf16", "fp32", "tf32"),
+        _attention,
     ),
     "adaln": Family(
         "features",

@@ -38,7 +38,7 @@ struct Inputs {
   int64_t tokens;
   int width;
   bool gated, shared;  // whether there is a branch, and whether the tokens of a sample share the modulation
-  bool past;           // whether results of the shape of x, float32 then, go past the caches
+  bool past;           // whether results of the shape of x go past the caches
   TokenRows<T> x, branch, gate, shift, scale, grad_y, grad_h;
 };
 
@@ -52,64 +52,63 @@ struct GradientOutputs {
   T *dx, *dbranch, *dgate, *dshift, *dscale;  // the second and third are null without a branch
 };
 
-// float32 rows of one thread, for what is not read or written in place.
+template <typename T>
+struct ForwardRows {
+  template <typename Width>
+  static DIFFGAP_HD void run(const Inputs<T>& in, const Outputs<T>& out, float* scratch, int64_t first, int64_t last) {
+    in.past ? rows<Width::lanes, true>(in, out, scratch, first, last)
+            : rows<Width::lanes, false>(in, out, scratch, first, last);
+  }
+
+ private:
+  // `scratch` has room for a row.
+  template <int lanes, bool kPast>
+  static DIFFGAP_HD void rows(const Inputs<T>& in, const Outputs<T>& out, float* scratch, int64_t first,
+                              int64_t last) {
+    const int n = in.width;
+    // In float32, y is its own result, unless that is out of reach.
+    constexpr bool kCopy = kPast || !std::is_same_v<T, float>;
+    for (int64_t row = first; row < last; ++row) {
+      const int64_t sample = row / in.tokens, token = row % in.tokens, at = row * n;
+      const T *x = in.x.at(sample, token), *shift = in.shift.at(sample, token), *scale = in.scale.at(sample, token);
+      float sum;
+      if (in.gated) {
+        float* y = scratch;
+        if constexpr (!kCopy) y = out.y + at;
+        const T *branch = in.branch.at(sample, token), *gate = in.gate.at(sample, token);
+        reduce<lanes>(AddBranch<T, kCopy, kPast>{x, branch, gate, y, out.y + at}, n, &sum);
+        modulate<lanes, kPast>(y, sum / n, shift, scale, n, out.h + at);
+      } else {
+        reduce<lanes>(Sum<T>{x}, n, &sum);
+        modulate<lanes, kPast>(x, sum / n, shift, scale, n, out.h + at);
+      }
+    }
+  }
+
+  template <int lanes, bool kPast, typename Y>
+  static DIFFGAP_HD void modulate(const Y* y, float mean, const T* shift, const T* scale, int n, T* h) {
+    float moments[Moments<Y>::sums];
+    reduce<lanes>(Moments<Y>{y, mean}, n, moments);
+    for_each<lanes>(Modulate<T, Y, kPast>{y, shift, scale, Norm::of(mean, moments, n), h}, n);
+  }
+};
+
+// A row of float32, and one of zeros.
 class Scratch {
  public:
-  enum Row { kX, kBranch, kGate, kShift, kScale, kGradY, kGradH, kDGate, kDShift, kDScale, kRows };
-
-  explicit Scratch(int width) : stride_(round_up(width, kAligned) + kApart), memory_(kRows * stride_) {}
-  float* operator[](Row row) const { return memory_.data() + row * stride_; }
+  explicit Scratch(int width) : zeros_(round_up(width, kAligned) + kApart), memory_(2 * zeros_) {
+    std::fill_n(memory_.data() + zeros_, width, 0.0f);
+  }
+  float* row() const { return memory_.data(); }
+  const void* zeros() const { return memory_.data() + zeros_; }
 
  private:
   static constexpr int64_t kAligned = 16;
   // Rows a multiple of 4 KiB apart would share the lines of the first-level cache, and stores to one hold up loads of
   // another.
   static constexpr int64_t kApart = 5 * kAligned;
-  int64_t stride_;
+  int64_t zeros_;
   Buffer<float> memory_;
-};
-
-template <typename T>
-struct ForwardRows {
-  template <typename Width>
-  static DIFFGAP_HD void run(const Inputs<T>& in, const Outputs<T>& out, const Scratch& s, int64_t first,
-                             int64_t last) {
-    constexpr int lanes = Width::lanes;
-    const int n = in.width;
-    const float *gate = nullptr, *shift = nullptr, *scale = nullptr;
-    for (int64_t row = first; row < last; ++row) {
-      const int64_t sample = row / in.tokens, token = row % in.tokens, at = row * n;
-      if (row == first || token == 0 || !in.shared) {
-        if (in.gated) gate = load_tile(in.gate.at(sample, token), n, s[Scratch::kGate]);
-        shift = load_tile(in.shift.at(sample, token), n, s[Scratch::kShift]);
-        scale = load_tile(in.scale.at(sample, token), n, s[Scratch::kScale]);
-      }
-      const float* y = load_tile(in.x.at(sample, token), n, s[Scratch::kX]);
-      float sum, moments[Moments::sums];
-      if (in.gated) {
-        const float* branch = load_tile(in.branch.at(sample, token), n, s[Scratch::kBranch]);
-        if (in.past) {
-          float* target = s[Scratch::kX];
-          reduce<lanes>(AddBranch<true>{y, branch, gate, target, open_tile(out.y + at, nullptr)}, n, &sum);
-          y = target;
-        } else {
-          float* target = open_tile(out.y + at, s[Scratch::kX]);
-          reduce<lanes>(AddBranch<>{y, branch, gate, target}, n, &sum);
-          close_tile(out.y + at, n, target);
-          y = target;
-        }
-      } else {
-        reduce<lanes>(Sum{y}, n, &sum);
-      }
-      const float mean = sum / n;
-      reduce<lanes>(Moments{y, mean}, n, moments);
-      float* h = open_tile(out.h + at, s[Scratch::kBranch]);
-      const Norm norm = Norm::of(mean, moments, n);
-      in.past ? for_each<lanes>(Modulate<true>{y, shift, scale, norm, h}, n)
-              : for_each<lanes>(Modulate<false>{y, shift, scale, norm, h}, n);
-      close_tile(out.h + at, n, h);
-    }
-  }
 };
 
 // The gradients of tokens `token` to `end` of a sample. Of modulation that they share, `sums` (kSums, width) gets the
@@ -120,53 +119,55 @@ struct BackwardRows {
   static DIFFGAP_HD void run(const Inputs<T>& in, const GradientOutputs<T>& out, const Scratch& s, float* sums,
                              int64_t sample, int64_t token, int64_t end) {
     constexpr int lanes = Width::lanes;
-    const int n = in.width;
-    GradientRow row{};
-    row.grad_y = s[Scratch::kGradY];
-    if (!in.grad_y.data) std::fill_n(s[Scratch::kGradY], n, 0.0f);
-    if (in.shared) {
-      row.dgate = sums, row.dshift = sums + n, row.dscale = sums + 2 * n;
-      std::fill_n(sums, kSums * n, 0.0f);
+    if (in.gated) {
+      in.past ? rows<lanes, true, true>(in, out, s, sums, sample, token, end)
+              : rows<lanes, true, false>(in, out, s, sums, sample, token, end);
+    } else {
+      in.past ? rows<lanes, false, true>(in, out, s, sums, sample, token, end)
+              : rows<lanes, false, false>(in, out, s, sums, sample, token, end);
     }
-    for (bool first = true; token < end; ++token, first = false) {
-      const int64_t at = (sample * in.tokens + token) * n;
-      if (first || !in.shared) {
-        if (in.gated) row.gate = load_tile(in.gate.at(sample, token), n, s[Scratch::kGate]);
-        row.scale = load_tile(in.scale.at(sample, token), n, s[Scratch::kScale]);
-      }
-      row.y = load_tile(in.x.at(sample, token), n, s[Scratch::kX]);
-      row.dx = open_tile(out.dx + at, s[Scratch::kX]);
-      float sum, moments[GradientMoments::sums];
-      if (in.gated) {
-        row.branch = load_tile(in.branch.at(sample, token), n, s[Scratch::kBranch]);
-        row.dbranch = open_tile(out.dbranch + at, s[Scratch::kBranch]);
-        // y waits where dx will stand: a row less in the first-level cache, which the streams nearly fill.
-        float* y = in.past ? s[Scratch::kX] : row.dx;
-        reduce<lanes>(AddBranch<>{row.y, row.branch, row.gate, y}, n, &sum);
-        row.y = y;
-      } else {
-        reduce<lanes>(Sum{row.y}, n, &sum);
-      }
-      row.grad_h = load_tile(in.grad_h.at(sample, token), n, s[Scratch::kGradH]);
-      if (in.grad_y.data) row.grad_y = load_tile(in.grad_y.at(sample, token), n, s[Scratch::kGradY]);
-      reduce<lanes>(GradientMoments{row.y, row.grad_h, row.scale, sum / n}, n, moments);
-      row.norm = Norm::of(sum / n, moments, n);
-      row.mean_a = moments[2] / n;
-      row.mean_a_normed = (moments[3] * row.norm.rstd - moments[2] * row.norm.offset) / n;
+  }
 
-      if (!in.shared) {
-        if (in.gated) row.dgate = open_tile(out.dgate + at, s[Scratch::kDGate]);
-        row.dshift = open_tile(out.dshift + at, s[Scratch::kDShift]);
-        row.dscale = open_tile(out.dscale + at, s[Scratch::kDScale]);
+ private:
+  template <int lanes, bool kGated, bool kPast>
+  static DIFFGAP_HD void rows(const Inputs<T>& in, const GradientOutputs<T>& out, const Scratch& s, float* sums,
+                              int64_t sample, int64_t token, int64_t end) {
+    using Y = std::conditional_t<kGated, float, T>;
+    const int n = in.width;
+    if (in.shared) std::fill_n(sums, kSums * n, 0.0f);
+    for (; token < end; ++token) {
+      const int64_t at = (sample * in.tokens + token) * n;
+      const T *x = in.x.at(sample, token), *branch = nullptr, *gate = nullptr;
+      const T *scale = in.scale.at(sample, token), *grad_h = in.grad_h.at(sample, token);
+      const T* grad_y = in.grad_y.data ? in.grad_y.at(sample, token) : static_cast<const T*>(s.zeros());
+      const Y* y;
+      float sum, moments[GradientMoments<T, Y>::sums];
+      if constexpr (kGated) {
+        branch = in.branch.at(sample, token), gate = in.gate.at(sample, token);
+        float* row = s.row();
+        // y waits where dx will stand: a row less in the first-level cache, which the streams nearly fill.
+        if constexpr (std::is_same_v<T, float> && !kPast) row = out.dx + at;
+        reduce<lanes>(AddBranch<T, false, false>{x, branch, gate, row, nullptr}, n, &sum);
+        y = row;
+      } else {
+        reduce<lanes>(Sum<T>{x}, n, &sum);
+        y = x;
       }
-      in.past ? write_gradients<lanes, true>(row, in.gated, in.shared, n)
-              : write_gradients<lanes, false>(row, in.gated, in.shared, n);
-      close_tile(out.dx + at, n, row.dx);
-      if (in.gated) close_tile(out.dbranch + at, n, row.dbranch);
-      if (!in.shared) {
-        if (in.gated) close_tile(out.dgate + at, n, row.dgate);
-        close_tile(out.dshift + at, n, row.dshift);
-        close_tile(out.dscale + at, n, row.dscale);
+      reduce<lanes>(GradientMoments<T, Y>{y, grad_h, scale, sum / n}, n, moments);
+      const Norm norm = Norm::of(sum / n, moments, n);
+      const float mean_a = moments[2] / n, mean_a_normed = (moments[3] * norm.rstd - moments[2] * norm.offset) / n;
+      T* dbranch = kGated ? out.dbranch + at : nullptr;
+      if (in.shared) {
+        for_each<lanes>(Gradients<T, Y, kGated, true, kPast>{y, grad_y, grad_h, branch, gate, scale, norm, mean_a,
+                                                             mean_a_normed, out.dx + at, dbranch, sums, sums + n,
+                                                             sums + 2 * n},
+                        n);
+      } else {
+        for_each<lanes>(Gradients<T, Y, kGated, false, kPast>{y, grad_y, grad_h, branch, gate, scale, norm, mean_a,
+                                                              mean_a_normed, out.dx + at, dbranch,
+                                                              kGated ? out.dgate + at : nullptr, out.dshift + at,
+                                                              out.dscale + at},
+                        n);
       }
     }
   }
@@ -206,8 +207,8 @@ std::optional<Tensor> rows_of(const char* name, const std::optional<Tensor>& row
 
 // Whether results go past the caches, given how many tensors of x's shape the call moves.
 bool goes_past_caches(const Tensor& x, int64_t tensors) {
-  return x.scalar_type() == ScalarType::Float && x.size(2) * sizeof(float) % kLine == 0 &&
-         x.numel() * static_cast<int64_t>(sizeof(float)) * tensors > kCacheBytes;
+  const int64_t bytes = x.scalar_type() == ScalarType::Float ? 4 : 2;
+  return x.size(2) * bytes % kLine == 0 && x.numel() * bytes * tensors > kCacheBytes;
 }
 
 bool starts_line(const Tensor& x) { return reinterpret_cast<uintptr_t>(x.const_data_ptr()) % kLine == 0; }
@@ -240,7 +241,8 @@ std::tuple<Tensor, Tensor> adaln(const Tensor& x_in, const std::optional<Tensor>
                        view_of<T>(gate), view_of<T>(shift), view_of<T>(scale), {}, {}};
     const Outputs<T> out{mutable_data_of<T>(y), mutable_data_of<T>(h)};
     torch::stable::parallel_for(0, shape[0] * shape[1], 1 + kGrain / width, [&](int64_t first, int64_t last) {
-      run_lanes<ForwardRows<T>>(in, out, Scratch(width), first, last);
+      const Buffer<float> scratch(width);
+      run_lanes<ForwardRows<T>>(in, out, scratch.data(), first, last);
       if (past) fence_stores();
     });
   });

@@ -1,4 +1,5 @@
-// The passes of diffgap::adaln over one row of features in float32, each over whole vectors and then what remains.
+// The passes of diffgap::adaln over one row of features in float32, whatever the elements' type T, each over
+// whole vectors and then what remains.
 //
 // A row comes from memory once; the passes over it find it in the first-level cache. Its statistics take two: the mean
 // m0, which float32 rounds, then the moments of c = y - m0, which correct it:
@@ -13,46 +14,27 @@
 
 #include <cmath>
 #include <cstdint>
-#include <cstring>
 
 #include "common/macros.h"
-#include "cpu/product.h"
+#include "cpu/lanes.h"
 
 namespace diffgap {
 namespace adaln_rows {
 
 constexpr float kEpsilon = 1e-6f;
 
-template <int lanes>
-struct FloatsOf {
-  using Type = typename Registers<lanes>::Vector;
-};
-template <>
-struct FloatsOf<1> {
-  using Type = float;
-};
-template <int lanes>
-using Lanes = typename FloatsOf<lanes>::Type;
-
-template <int lanes>
-DIFFGAP_HD Lanes<lanes> load(const float* source) {
-  return *reinterpret_cast<const Lanes<lanes>*>(source);
-}
-template <int lanes>
-DIFFGAP_HD void store(float* target, Lanes<lanes> value) {
-  *reinterpret_cast<Lanes<lanes>*>(target) = value;
-}
-
 // Past the caches if `kPast`; the target is then aligned to cache lines, and fence_stores() must follow.
-template <int lanes, bool kPast>
-DIFFGAP_HD void store_result(float* target, Lanes<lanes> value) {
+template <int lanes, bool kPast, typename T>
+DIFFGAP_HD void store_result(T* target, Lanes<lanes> value) {
 #if defined(__x86_64__) && defined(__GNUC__)
   // In assembly, since an intrinsic needs its instruction set where it is written, not where it is inlined.
-  if constexpr (kPast && lanes > 4) {
+  if constexpr (kPast && std::is_same_v<T, float> && lanes > 4) {
     asm("vmovntps %1, %0" : "=m"(*reinterpret_cast<Lanes<lanes>*>(target)) : "v"(value));
     return;
-  } else if constexpr (kPast && lanes == 4) {
-    asm("movntps %1, %0" : "=m"(*reinterpret_cast<Lanes<lanes>*>(target)) : "x"(value));
+  } else if constexpr (kPast && !std::is_same_v<T, float> && lanes > 4) {
+    typename LanesOf<lanes>::Halves halves;
+    store<lanes>(reinterpret_cast<T*>(&halves), value);
+    asm("vmovntdq %1, %0" : "=m"(*reinterpret_cast<typename LanesOf<lanes>::Halves*>(target)) : "x"(halves));
     return;
   }
 #endif
@@ -63,17 +45,6 @@ inline void fence_stores() {
 #if defined(__x86_64__) && defined(__GNUC__)
   asm volatile("sfence" ::: "memory");
 #endif
-}
-
-template <int lanes>
-DIFFGAP_HD float sum_lanes(Lanes<lanes> value) {
-  if constexpr (lanes > 4) {
-    Lanes<lanes / 2> halves[2];
-    std::memcpy(halves, &value, sizeof(value));
-    return sum_lanes<lanes / 2>(halves[0] + halves[1]);
-  } else {
-    return (value[0] + value[2]) + (value[1] + value[3]);
-  }
 }
 
 // Calls `step.at<lanes>(i)` for all i < n: whole vectors, then the elements that remain.
@@ -99,9 +70,10 @@ DIFFGAP_HD void reduce(const Step& step, int n, float* totals) {
   for (int k = 0; k < Step::sums; ++k) totals[k] = sum_lanes<lanes>(even[k] + odd[k]) + rest[k];
 }
 
+template <typename T>
 struct Sum {
   static constexpr int sums = 1;
-  const float* y;
+  const T* y;
 
   template <int lanes>
   DIFFGAP_HD void at(int i, Lanes<lanes>* sum) const {
@@ -109,26 +81,28 @@ struct Sum {
   }
 };
 
-// y = x + gate * branch and its sum; if `kPast`, a copy of y goes past the caches to `copy`.
-template <bool kPast = false>
+// y = x + gate * branch and its sum; the result of the type of x is a copy of y unless it is y itself.
+template <typename T, bool kCopy, bool kPast>
 struct AddBranch {
   static constexpr int sums = 1;
-  const float *x, *branch, *gate;
-  float *y, *copy = nullptr;
+  const T *x, *branch, *gate;
+  float* y;
+  T* copy;
 
   template <int lanes>
   DIFFGAP_HD void at(int i, Lanes<lanes>* sum) const {
     const Lanes<lanes> value = load<lanes>(x + i) + load<lanes>(gate + i) * load<lanes>(branch + i);
     store<lanes>(y + i, value);
-    if constexpr (kPast) store_result<lanes, true>(copy + i, value);
+    if constexpr (kCopy) store_result<lanes, kPast>(copy + i, value);
     *sum += value;
   }
 };
 
 // Sums of c and c^2.
+template <typename Y>
 struct Moments {
   static constexpr int sums = 2;
-  const float* y;
+  const Y* y;
   float mean;
 
   template <int lanes>
@@ -140,9 +114,11 @@ struct Moments {
 };
 
 // Sums of c, c^2, a and a c.
+template <typename T, typename Y>
 struct GradientMoments {
   static constexpr int sums = 4;
-  const float *y, *grad_h, *scale;
+  const Y* y;
+  const T *grad_h, *scale;
   float mean;
 
   template <int lanes>
@@ -175,11 +151,12 @@ struct Norm {
 };
 
 // h = normed * (1 + scale) + shift.
-template <bool kPast>
+template <typename T, typename Y, bool kPast>
 struct Modulate {
-  const float *y, *shift, *scale;
+  const Y* y;
+  const T *shift, *scale;
   Norm norm;
-  float* h;
+  T* h;
 
   template <int lanes>
   DIFFGAP_HD void at(int i) const {
@@ -188,50 +165,38 @@ struct Modulate {
   }
 };
 
-// What the gradients of a row are made from, and where they go: dx may replace y, and dbranch branch.
-struct GradientRow {
-  const float *y, *grad_y, *grad_h, *branch, *gate, *scale;
+// All gradients of a row; dx may replace y. Those of the modulation are added to sums in float32 if its tokens share
+// it, else stored.
+template <typename T, typename Y, bool kGated, bool kShared, bool kPast>
+struct Gradients {
+  using Sums = std::conditional_t<kShared, float, T>;
+
+  const Y* y;
+  const T *grad_y, *grad_h, *branch, *gate, *scale;
   Norm norm;
   float mean_a, mean_a_normed;
-  float *dx, *dbranch, *dgate, *dshift, *dscale;
-};
-
-// All gradients of a row; those of the modulation are added to what is there if its tokens share it.
-template <bool kGated, bool kShared, bool kPast>
-struct Gradients {
-  GradientRow row;
+  T *dx, *dbranch;
+  Sums *dgate, *dshift, *dscale;
 
   template <int lanes>
   DIFFGAP_HD void at(int i) const {
-    const Lanes<lanes> normed = row.norm.at<lanes>(load<lanes>(row.y + i)), g = load<lanes>(row.grad_h + i);
-    const Lanes<lanes> a = g * (1.0f + load<lanes>(row.scale + i));
-    const Lanes<lanes> dy =
-        load<lanes>(row.grad_y + i) + row.norm.rstd * (a - row.mean_a - normed * row.mean_a_normed);
-    store_result<lanes, kPast>(row.dx + i, dy);
-    put<lanes>(row.dshift + i, g);
-    put<lanes>(row.dscale + i, g * normed);
+    const Lanes<lanes> normed = norm.at<lanes>(load<lanes>(y + i)), g = load<lanes>(grad_h + i);
+    const Lanes<lanes> a = g * (1.0f + load<lanes>(scale + i));
+    const Lanes<lanes> dy = load<lanes>(grad_y + i) + norm.rstd * (a - mean_a - normed * mean_a_normed);
+    store_result<lanes, kPast>(dx + i, dy);
+    put<lanes>(dshift + i, g);
+    put<lanes>(dscale + i, g * normed);
     if constexpr (kGated) {
-      put<lanes>(row.dgate + i, dy * load<lanes>(row.branch + i));
-      store_result<lanes, kPast>(row.dbranch + i, dy * load<lanes>(row.gate + i));
+      put<lanes>(dgate + i, dy * load<lanes>(branch + i));
+      store_result<lanes, kPast>(dbranch + i, dy * load<lanes>(gate + i));
     }
   }
 
   template <int lanes>
-  static DIFFGAP_HD void put(float* target, Lanes<lanes> value) {
+  static DIFFGAP_HD void put(Sums* target, Lanes<lanes> value) {
     store<lanes>(target, kShared ? load<lanes>(target) + value : value);
   }
 };
-
-template <int lanes, bool kPast>
-DIFFGAP_HD void write_gradients(const GradientRow& row, bool gated, bool shared, int n) {
-  if (gated) {
-    shared ? for_each<lanes>(Gradients<true, true, kPast>{row}, n)
-           : for_each<lanes>(Gradients<true, false, kPast>{row}, n);
-  } else {
-    shared ? for_each<lanes>(Gradients<false, true, kPast>{row}, n)
-           : for_each<lanes>(Gradients<false, false, kPast>{row}, n);
-  }
-}
 
 }  // namespace adaln_rows
 }  // namespace diffgap

@@ -4,6 +4,7 @@
 
 #include <cmath>
 
+#include "cpu/lanes.h"
 #include "cpu/small_product.h"
 #include "cpu/tensor.h"
 
@@ -26,48 +27,19 @@ struct Heads {
 };
 
 template <int lanes, typename T>
-DIFFGAP_HD void load_row(const T* __restrict source, int dim, float* __restrict out) {
+DIFFGAP_HD void load_row(const T* source, int dim, float* out) {
   int c = 0;
-  for (; c + lanes <= dim; c += lanes) {
-    for (int l = 0; l < lanes; ++l) out[c + l] = widen(source[c + l]);
-  }
+  for (; c + lanes <= dim; c += lanes) store<lanes>(out + c, load<lanes>(source + c));
   if (c < dim) {
     for (int l = 0; l < lanes; ++l) out[c + l] = c + l < dim ? widen(source[c + l]) : 0.0f;
   }
 }
 
 template <int lanes, typename T>
-DIFFGAP_HD void store_row(const float* __restrict row, int dim, T* __restrict out) {
+DIFFGAP_HD void store_row(const float* row, int dim, T* out) {
   int c = 0;
-  for (; c + lanes <= dim; c += lanes) {
-    for (int l = 0; l < lanes; ++l) {
-      if constexpr (std::is_same_v<T, float>) {
-        out[c + l] = row[c + l];
-      } else {
-        narrow(row[c + l], out + c + l);
-      }
-    }
-  }
-  for (; c < dim; ++c) {
-    if constexpr (std::is_same_v<T, float>) {
-      out[c] = row[c];
-    } else {
-      narrow(row[c], out + c);
-    }
-  }
-}
-
-// The sum of a vector's lanes.
-template <int lanes>
-DIFFGAP_HD float sum_lanes(typename Registers<lanes>::Vector values) {
-  if constexpr (lanes == 1) {
-    return values[0];
-  } else {
-    constexpr int kHalf = lanes / 2;
-    using Half = typename Registers<kHalf>::Vector;
-    const Half* halves = reinterpret_cast<const Half*>(&values);
-    return sum_lanes<kHalf>(halves[0] + halves[1]);
-  }
+  for (; c + lanes <= dim; c += lanes) store<lanes>(out + c, load<lanes>(row + c));
+  for (; c < dim; ++c) store<1>(out + c, row[c]);
 }
 
 // Sizes of the rows and what is done to them.
