@@ -187,7 +187,7 @@ def ours(gpu: Gpu, shape: Shape) -> Passes:
 
 
 def _tile(gpu: Gpu, shape: Shape, which: Pass) -> tuple[tuple[int, int], int]:
-    """Rows that a program holds and rows that it walks over, and the pairs that share them."""
+    """Rows that a program holds, rows that it walks over, and how many pairs share them."""
     config = config_for(gpu.chip, "half", shape.n_q, shape.n_k, HEAD_DIM, which)
     return (config.block_m, config.block_n), config.pairs
 
@@ -351,9 +351,7 @@ def draw(path: Path, modelled: Mapping[Gpu, Sequence[Row]]) -> None:
         axes.set(xlabel="tokens", ylabel="time / floor", title=f"{gpu.name}, {direction}")
         axes.grid(color="0.9")
         axes.label_outer()
-    figure.suptitle(
-        f"Attention in bfloat16, B = {_DRAWN_BATCH}, H = {HEADS}, d = {HEAD_DIM}: modelled, lower is better"
-    )
+    figure.suptitle(f"Attention in bfloat16, B = {_DRAWN_BATCH}, H = {HEADS}, d = {HEAD_DIM} (modelled)")
     lines, names = grid[0][0].get_legend_handles_labels()
     figure.legend(lines, names, loc="outside lower center", ncols=len(names), frameon=False)
     figure.savefig(path, dpi=110, format="png")
@@ -393,11 +391,9 @@ def main(argv: Sequence[str]) -> int:
         for target, text in ((path, to_json(header, rows)), (path.with_suffix(".md"), document)):
             with atomic_file(target) as temporary:
                 temporary.write_text(text, encoding="utf-8")
-            print(f"wrote {target}", file=sys.stderr)
-        picture = path.with_suffix(".png")
-        with atomic_file(picture) as temporary:
+        with atomic_file(path.with_suffix(".png")) as temporary:
             draw(temporary, {gpu: list(of_gpu) for gpu, of_gpu in modelled.items()})
-        print(f"wrote {picture}", file=sys.stderr)
+        print(f"wrote {path}, and .md and .png beside it", file=sys.stderr)
     return 0
 
 

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 from benchmarks import adaln, attention, cases, denoiser, floors, runner, timing
 from benchmarks.cases import DIRECTIONS, DTYPES, Case, Direction
 from benchmarks.denoiser import count_calls
-from benchmarks.gpus import A100, GPUS, H100
+from benchmarks.gpus import A100, GPUS, H100, Gpu
 from diffgap.models.settings import BridgeSettings
 from diffgap.ops._dispatch import explain
 from tests.helpers import relative_l2
@@ -244,6 +245,10 @@ def moved(kernels: tuple) -> float:
     return sum(kernel.hbm for kernel in kernels)
 
 
+def config_of(model: ModuleType, gpu: Gpu, n: int, which: str) -> Any:
+    return model.config_for(gpu.chip, "half", n, n, 64, which)
+
+
 def test_model_bytes_and_operations_by_hand(model: ModuleType) -> None:
     """Batch 256 and 16 tokens: q, k, v, o and their gradients have 256 * 8 * 16 * 64 elements of two bytes each."""
     tensor, lse = 4194304, 256 * 8 * 16 * 4
@@ -269,16 +274,40 @@ def test_model_bytes_and_operations_by_hand(model: ModuleType) -> None:
     assert sum(kernel.l2 for kernel in eager.forward) == 12 * tensor + 4 * (256 * 8 * 16 * 16 * 2)
 
 
-def test_model_of_the_long_path(model: ModuleType) -> None:
-    """100 queries and 200 keys: two blocks of 64 by four. On a GPU of this size all is read from L2 the second time."""
+def test_model_of_the_long_path(model: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """100 queries and 200 keys, on a GPU of whose size all is read from L2 the second time."""
+    configs = {"forward": SimpleNamespace(block_m=64, block_n=128, pairs=1)}
+    configs["backward"] = SimpleNamespace(block_m=64, block_n=32, pairs=1)
+    asked = []
+    monkeypatch.setattr(model, "config_for", lambda *sizes: asked.append(sizes) or configs[sizes[-1]])
     q, k, lse = 8 * 8 * 100 * 64 * 2, 8 * 8 * 200 * 64 * 2, 8 * 8 * 100 * 4
     ours = model.ours(H100, model.Shape(8, 100, 200))
-    assert moved(ours.forward) == 2 * q + 2 * k + lse
-    assert [kernel.flops for kernel in ours.backward] == [
-        products * 2 * 64 * (128 * 256) * 64 for products in (0, 3, 4)
-    ]
-    assert moved(ours.backward) == 4 * q + 4 * k + lse
-    assert ours.forward[0].l2 == 2 * q + 2 * k + lse + 2 * k
+    assert asked == [("sm_90", "half", 100, 200, 64, which) for which in ("forward", "backward")]
+    # Two blocks of queries read all keys.
+    (forward,) = ours.forward
+    assert forward.flops == 2 * 2 * 64 * (128 * 256) * 64
+    assert (forward.hbm, forward.l2) == (2 * q + 2 * k + lse, 2 * q + 2 * k + lse + 2 * k)
+    # dq of 64 queries a program, in steps of 32 keys; dk and dv of 64 keys a program, in steps of 32 queries.
+    dq, dk = ours.backward
+    assert dq.flops == 3 * 2 * 64 * (128 * 224) * 64
+    assert dk.flops == 4 * 2 * 64 * (128 * 256) * 64
+    assert (dq.hbm, dk.hbm) == (4 * q + 2 * k + lse, 2 * k)
+    # Two blocks of queries, and dO for delta; four blocks of keys, which read q and dO.
+    assert dq.l2 == 4 * q + 2 * k + 2 * lse + 2 * k + q
+    assert dk.l2 == 2 * q + 4 * k + 2 * lse + 3 * 2 * q
+    assert ours.of("fwd+bwd").peak_bytes == 2 * q + 2 * k + 2 * lse
+
+
+def test_model_takes_the_tiles_of_the_kernels(model: ModuleType) -> None:
+    for gpu in GPUS:
+        for n in (65, 256):
+            config = config_of(model, gpu, n, "backward")
+            _, dk = model.ours(gpu, model.Shape(2, n, n)).backward
+            rows = [-(-n // size) * size for size in (config.block_m, config.block_n)]
+            assert dk.flops == 4 * 2 * 64 * 2 * 8 * rows[0] * rows[1]
+        config = config_of(model, gpu, 4, "forward")
+        (forward,) = model.ours(gpu, model.Shape(2, 4, 4)).forward
+        assert forward.flops == 2 * 2 * 64 * 16 / config.pairs * config.block_m * config.block_n
 
 
 def test_model_charges_memory_for_every_touch_of_what_does_not_fit_in_l2(model: ModuleType) -> None:
@@ -291,19 +320,32 @@ def test_model_charges_memory_for_every_touch_of_what_does_not_fit_in_l2(model: 
 
 
 @pytest.mark.parametrize(
-    ("n_q", "n_k", "tile", "packed"),
+    ("n_q", "n_k", "logits"),
     [
-        (4, 4, (16, 16), 4),
-        (1, 3, (16, 16), 4),
-        (5, 3, (16, 16), 2),
-        (16, 16, (16, 16), 1),
-        (4, 33, (16, 64), 1),
-        (64, 64, (64, 64), 1),
+        # 16 pairs of batch and head: four to a tile, two, or one.
+        (4, 4, 4 * 16 * 16),
+        (1, 3, 4 * 16 * 16),
+        (5, 3, 8 * 16 * 16),
+        (16, 16, 16 * 16 * 16),
+        (4, 33, 16 * 16 * 64),
+        (64, 64, 16 * 64 * 64),
     ],
 )
-def test_model_packs_short_sequences(model: ModuleType, n_q: int, n_k: int, tile: tuple[int, int], packed: int) -> None:
-    assert model.packed_tile(n_q, n_k) == (tile, packed)
-    assert model.Shape(2, n_q, n_k).padded(tile, packed) == 16 / packed * tile[0] * tile[1]
+def test_model_packs_short_sequences(model: ModuleType, n_q: int, n_k: int, logits: int) -> None:
+    for gpu in GPUS:
+        ours = model.ours(gpu, model.Shape(2, n_q, n_k))
+        assert [kernel.flops for kernel in ours.forward] == [2 * 2 * 64 * logits]
+        assert [kernel.flops for kernel in ours.backward] == [5 * 2 * 64 * logits]
+
+
+def test_model_reads_packed_inputs_twice(model: ModuleType) -> None:
+    """From L2: all inputs where pairs share a tile, and q and k once more in a backward pass."""
+    for n, packed in ((4, True), (16, False)):
+        tensor = 2 * 8 * n * 64 * 2
+        ours = model.ours(A100, model.Shape(2, n, n))
+        assert (moved(ours.forward), moved(ours.backward)) == (4 * tensor, 7 * tensor)
+        assert sum(kernel.l2 for kernel in ours.forward) == (4 + 3 * packed) * tensor
+        assert sum(kernel.l2 for kernel in ours.backward) == (7 + 2 + 4 * packed) * tensor
 
 
 def test_model_of_eager_launches_what_torch_launches(model: ModuleType) -> None:

@@ -16,6 +16,10 @@ pytest.importorskip("triton", reason="the kernels need triton: pip install trito
 from diffgap.ops import _dispatch
 
 IMPLEMENTATIONS = {
+    "adaln": ("diffgap.kernels.adaln", "forward"),
+    "adaln_backward": ("diffgap.kernels.adaln", "backward"),
+    "attention": ("diffgap.kernels.attention", "forward"),
+    "attention_backward": ("diffgap.kernels.attention", "backward"),
     "clip_loss": ("diffgap.kernels.clip_loss", "forward"),
     "clip_loss_backward": ("diffgap.kernels.clip_loss", "backward"),
     "siglip_loss": ("diffgap.kernels.siglip_loss", "forward"),
@@ -29,9 +33,9 @@ IMPLEMENTATIONS = {
 def test_a_launch_function_takes_the_arguments_of_its_op(op: str) -> None:
     module, function = IMPLEMENTATIONS[op]
     schema = getattr(torch.ops.diffgap, op).default._schema
-    *parameters, tile = inspect.signature(getattr(import_module(module), function)).parameters
+    *parameters, sizes = inspect.signature(getattr(import_module(module), function)).parameters
     assert parameters == [argument.name for argument in schema.arguments]
-    assert tile == "tile"
+    assert sizes in ("tile", "config")
 
 
 def test_implement_registers_a_function_that_it_imports_at_the_first_call(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -61,7 +65,7 @@ import diffgap.ops
 for op in %r:
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"diffgap::{op}", "CUDA"), op
 from diffgap.ops import _dispatch
-for op in ("clip_loss", "siglip_loss", "similarity_topk", "similarity_ranks"):
+for op in ("adaln", "attention", "clip_loss", "siglip_loss", "similarity_topk", "similarity_ranks"):
     assert _dispatch._ops[op]["cuda"].missing is None, op
 import sys
 assert "triton" not in sys.modules
