@@ -64,7 +64,6 @@ def main(argv: Sequence[str]) -> int:
     if args.device == "cuda" and not torch.cuda.is_available():
         options.error("--device cuda: no CUDA device is visible; use --device cpu")
     torch.set_num_threads(args.threads)
-    keep_freed_memory()
     device = torch.device(args.device)
     clock = CudaClock() if device.type == "cuda" else CpuClock(args.threads)
     description = header(device, clock, argv, (peer.install for case in cases for peer in case.peers))
@@ -91,4 +90,5 @@ def run(cases: Sequence[Case], device: torch.device, clock: Clock, budget: Budge
 
 
 if __name__ == "__main__":
+    keep_freed_memory()
     sys.exit(main(sys.argv[1:]))

@@ -21,6 +21,8 @@ _COLOURS = (
 _MARKERS = "osD^vPX*<>p"
 _LEGEND_COLUMNS = 6
 _LINE_INCHES = 0.24
+# Ratio of the ends of a scale above which only powers of ten have room.
+_CROWDED = 5000
 
 
 def draw(path: Path, header: dict[str, Any], rows: Sequence[Row]) -> None:
@@ -68,7 +70,8 @@ def _dots(axes: Axes, rows: Sequence[Row], names: Sequence[str], value: Callable
                 zorder=4 if name == OURS else 3,
             )
     axes.set_xscale("log")
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    low, high = axes.get_xlim()
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low < _CROWDED else (1,)))
     axes.xaxis.set_major_formatter("{x:g}")
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_yticks(range(len(cases)), [case.partition("/")[2] for case in cases], fontsize=8)

@@ -64,7 +64,8 @@ def block_d(d: int) -> int:
 # holds many programs so small, whose loads hide each other's latency.
 _SHORT: dict[tuple[Vendor, Product], dict[int, tuple[int, int]]] = {
     # One warp on 16 rows spills at d = 128, four on 64 rows at d = 64. Both warp groups of eight take all 64 rows.
-    ("nvidia", "half"): {16: (128, 2), 32: (128, 2), 64: (64, 8)},
+    # With 32 columns at a time of 64 rows, two programs of the backward pass share a multiprocessor.
+    ("nvidia", "half"): {16: (128, 2), 32: (128, 2), 64: (32, 8)},
     # A thread holds its rows of the operands in registers, alone or with its warp: so many columns leave room for them.
     ("nvidia", "ieee"): {16: (32, 2), 32: (16, 4), 64: (16, 8)},
     ("nvidia", "tf32"): {16: (32, 2), 32: (16, 4), 64: (16, 8)},
@@ -82,8 +83,8 @@ def short_config(chip: str, product: Product, n_q: int, n_k: int, d: int) -> Con
     pairs = max(1, 16 // max(rows, columns))
     rows, columns = max(16, rows * pairs), max(16, columns * pairs)
     chunk, warps = _SHORT[vendor, product][max(rows, columns)]
-    if (vendor, product) == ("nvidia", "half") and max(rows, columns) == 64 and d > 64:
-        chunk = 32  # a gradient of 64 columns beside its operands takes more registers than there are
+    if (vendor, product) == ("nvidia", "half") and max(rows, columns) == 32 and d > 64:
+        chunk = 32  # a gradient of 128 columns beside its operands takes more registers than two warps have
     return Config(rows, columns, min(chunk, block_d(d)), warps, pairs=pairs, vendor=vendor)
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -138,6 +140,25 @@ def test_peak_bytes_counts_temporaries_and_memory_torch_does_not_know() -> None:
     assert peak is not None and 31 * mib < peak < 36 * mib
     peak = memory.peak_bytes(lambda: b"\1" * (24 * mib), CPU)
     assert peak is not None and 23 * mib < peak < 28 * mib
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="glibc's malloc only")
+def test_freed_memory_is_not_mapped_again() -> None:
+    """In a process of its own, which then keeps it for good."""
+    code = """
+import resource, torch
+from benchmarks.memory import keep_freed_memory
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.empty(16 << 20).fill_(1)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+first = faults()
+keep_freed_memory()
+print(first, [faults() for _ in range(20)][-1])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    before, after = map(int, done.stdout.split())
+    assert before > 100 * max(after, 1)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="peak memory on the CPU is read from Linux's /proc")

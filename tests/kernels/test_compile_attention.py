@@ -44,7 +44,16 @@ class Facts:
 
 # Every bucket of the short path, the long path, and both ends of d; of float32 where a row of the table is fullest.
 _SIZES: dict[Product, list[tuple[int, int]]] = {
-    "half": [*((n, 64) for n in (4, 8, 16, 32, 64, 256)), (16, 16), (16, 128), (64, 128), (256, 128)],
+    "half": [
+        *((n, 64) for n in (4, 8, 16, 32, 64, 256)),
+        (16, 16),
+        (16, 128),
+        (32, 80),
+        (32, 128),
+        (64, 80),
+        (64, 128),
+        (256, 128),
+    ],
     "ieee": [(4, 64), (16, 64), (32, 64), (64, 128), (256, 64), (256, 128)],
     "tf32": [(16, 64), (32, 64), (64, 128), (256, 128)],
 }
