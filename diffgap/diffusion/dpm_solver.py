@@ -61,9 +61,9 @@ def dpmpp(
     if order not in (1, 2, 3):
         raise ValueError(f"order is {order}; use 1, 2 or 3")
     grid = _grid(schedule, num_steps, spacing, steps_offset, use_karras_sigmas, final_sigmas_type, solver_type)
-    orders = _orders(len(grid.timesteps), order, final_sigmas_type, lower_order_final, euler_at_final)
+    orders = step_orders(len(grid.timesteps), order, final_sigmas_type, lower_order_final, euler_at_final)
     rows = [
-        x0_row(grid.levels[i], schedule.prediction_type) | _ode_row(grid, i, used, solver_type)
+        x0_row(grid.levels[i], schedule.prediction_type) | ode_row(grid, i, used, solver_type)
         for i, used in enumerate(orders)
     ]
     return build_table("dpmpp", grid.timesteps, grid.levels, rows)
@@ -86,9 +86,9 @@ def sde_dpmpp(
     if order not in (1, 2):
         raise ValueError(f"order is {order}; use 1 or 2")
     grid = _grid(schedule, num_steps, spacing, steps_offset, use_karras_sigmas, final_sigmas_type, solver_type)
-    orders = _orders(len(grid.timesteps), order, final_sigmas_type, lower_order_final, euler_at_final)
+    orders = step_orders(len(grid.timesteps), order, final_sigmas_type, lower_order_final, euler_at_final)
     rows = [
-        x0_row(grid.levels[i], schedule.prediction_type) | _sde_row(grid, i, used, solver_type)
+        x0_row(grid.levels[i], schedule.prediction_type) | sde_row(grid, i, used, solver_type)
         for i, used in enumerate(orders)
     ]
     return build_table("sde_dpmpp", grid.timesteps, grid.levels, rows)
@@ -116,7 +116,7 @@ def _grid(
     )
 
 
-def _orders(
+def step_orders(
     steps: int, order: int, final_sigmas_type: FinalSigma, lower_order_final: bool, euler_at_final: bool
 ) -> list[int]:
     """The order of each step: what its history allows, lowered towards the end where h is large."""
@@ -129,7 +129,7 @@ def _orders(
     return orders
 
 
-def _ode_row(grid: Grid, i: int, order: int, solver_type: SolverType) -> Row:
+def ode_row(grid: Grid, i: int, order: int, solver_type: SolverType) -> Row:
     """Prediction columns of step ``i``. h = 0 (a last step from sigma_min to itself) gives the identity."""
     (alpha, sigma), h = grid.levels[i + 1], grid.step(i)
     row = {"pred_sample": sigma / grid.levels[i][1], "pred_x0": -alpha * math.expm1(-h)}
@@ -151,7 +151,7 @@ def _ode_row(grid: Grid, i: int, order: int, solver_type: SolverType) -> Row:
     return row | {"pred_x0": row["pred_x0"] + on_d0, "pred_h1": on_d1 - on_d0, "pred_h2": -on_d1}
 
 
-def _sde_row(grid: Grid, i: int, order: int, solver_type: SolverType) -> Row:
+def sde_row(grid: Grid, i: int, order: int, solver_type: SolverType) -> Row:
     """Prediction columns of step ``i`` of the SDE form, order 1 or 2."""
     (alpha, sigma), h = grid.levels[i + 1], grid.step(i)
     spread = -math.expm1(-2 * h)

@@ -81,13 +81,13 @@ def unipc(
     for i in range(steps):
         row = x0_row(grid.levels[i], schedule.prediction_type)
         if i > 0 and i - 1 not in disable_corrector:
-            row |= _corrector(grid, i, previous_order, solver_type)
+            row |= corrector(grid, i, previous_order, solver_type)
         previous_order = min(order, i + 1, steps - i if lower_order_final else order)
-        rows.append(row | _predictor(grid, i, previous_order, solver_type))
+        rows.append(row | predictor(grid, i, previous_order, solver_type))
     return build_table("unipc", grid.timesteps, grid.levels, rows)
 
 
-def _predictor(grid: Grid, i: int, order: int, solver_type: UniPCType) -> Row:
+def predictor(grid: Grid, i: int, order: int, solver_type: UniPCType) -> Row:
     """Prediction columns of step ``i``, from ``order`` x0 predictions."""
     alpha, sigma = grid.levels[i + 1]
     h = grid.step(i)
@@ -100,7 +100,7 @@ def _predictor(grid: Grid, i: int, order: int, solver_type: UniPCType) -> Row:
     return row | {f"pred_h{k}": -alpha * share for k, share in enumerate(shares, 1)}
 
 
-def _corrector(grid: Grid, i: int, order: int, solver_type: UniPCType) -> Row:
+def corrector(grid: Grid, i: int, order: int, solver_type: UniPCType) -> Row:
     """Correction columns at row ``i`` for step ``i - 1`` of that ``order``: m_0 is ``h1``, m_k ``h(k+1)``."""
     alpha, sigma = grid.levels[i]
     h = grid.step(i - 1)
