@@ -91,7 +91,7 @@ class ByIndex(TableStep):
         self._rows = torch.arange(len(self._table), device=device)
 
     def _table_rows(self, sigmas: Sequence[float], begin: int) -> list[Row] | None:
-        """The rows from ``begin`` on, or None where they cannot be expressed."""
+        """The rows from ``begin`` on, or None where they cannot be expressed; each scheduler has its own."""
         raise NotImplementedError
 
     def _tabled(self) -> bool:
