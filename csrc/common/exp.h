@@ -7,8 +7,6 @@
 
 namespace diffgap {
 
-DIFFGAP_HD float fused_multiply_add(float a, float b, float c) { return fmaf(a, b, c); }
-
 // x * 2**n, given 1.5 * 2**23 + n.
 DIFFGAP_HD float scale_by_power(float x, float shifted) {
   return bits_to_float(float_to_bits(x) + (float_to_bits(shifted) << 23));
@@ -16,11 +14,6 @@ DIFFGAP_HD float scale_by_power(float x, float shifted) {
 
 #if !defined(__CUDACC__)
 // The same for vectors of floats.
-template <typename Vector>
-DIFFGAP_HD Vector fused_multiply_add(Vector a, Vector b, Vector c) {
-  return a * b + c;
-}
-
 template <typename Vector>
 DIFFGAP_HD Vector scale_by_power(Vector x, Vector shifted) {
   typedef int32_t Bits __attribute__((vector_size(sizeof(Vector))));

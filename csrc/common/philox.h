@@ -14,18 +14,22 @@ constexpr uint32_t kStreamSolver = 1;
 
 constexpr int kLanes = 4;  // Words, and normals, per counter.
 
+constexpr int kPhiloxRounds = 10;
+constexpr uint32_t kPhiloxMultiplier0 = 0xD2511F53u, kPhiloxMultiplier1 = 0xCD9E8D57u;
+constexpr uint32_t kPhiloxKeyStep0 = 0x9E3779B9u, kPhiloxKeyStep1 = 0xBB67AE85u;
+
 struct Words {
   uint32_t w0, w1, w2, w3;
 };
 
 DIFFGAP_HD Words philox4x32(Words counter, uint32_t key0, uint32_t key1) {
-  for (int round = 0; round < 10; ++round) {
-    const uint64_t product0 = static_cast<uint64_t>(0xD2511F53u) * counter.w0;
-    const uint64_t product1 = static_cast<uint64_t>(0xCD9E8D57u) * counter.w2;
+  for (int round = 0; round < kPhiloxRounds; ++round) {
+    const uint64_t product0 = static_cast<uint64_t>(kPhiloxMultiplier0) * counter.w0;
+    const uint64_t product1 = static_cast<uint64_t>(kPhiloxMultiplier1) * counter.w2;
     counter = {static_cast<uint32_t>(product1 >> 32) ^ counter.w1 ^ key0, static_cast<uint32_t>(product1),
                static_cast<uint32_t>(product0 >> 32) ^ counter.w3 ^ key1, static_cast<uint32_t>(product0)};
-    key0 += 0x9E3779B9u;
-    key1 += 0xBB67AE85u;
+    key0 += kPhiloxKeyStep0;
+    key1 += kPhiloxKeyStep1;
   }
   return counter;
 }

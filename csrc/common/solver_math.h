@@ -1,4 +1,4 @@
-// One element of a solver step; diffgap/ops/solver_step.py has the formula.
+// The elements of a solver step; diffgap/ops/solver_step.py has the formula.
 #pragma once
 
 #include "common/macros.h"
@@ -19,22 +19,35 @@ struct Guidance {
   bool offset_form;
 };
 
-DIFFGAP_HD float guide(Guidance guidance, float conditional, float unconditional) {
-  const float base = guidance.offset_form ? conditional : unconditional;
+// Here and below Float is a float or, on the host, a vector of them.
+template <typename Float>
+DIFFGAP_HD Float guide(Guidance guidance, Float conditional, Float unconditional) {
+  const Float base = guidance.offset_form ? conditional : unconditional;
   return base + guidance.scale * (conditional - unconditional);
 }
 
+// NaN stays NaN. `limit` may be infinite.
+template <typename Float>
+DIFFGAP_HD Float clamp(Float x, float limit) {
+  const Float bound = Float{} + limit;
+  const Float above = x < -bound ? -bound : x;
+  return above > bound ? bound : above;
+}
+
 // What an element's step reads; absent terms are zero.
+template <typename Float>
 struct StepTerms {
-  float sample, output, x0, last, h1, h2, h3, noise;
+  Float sample, output, x0, last, h1, h2, h3, noise;
 };
 
-DIFFGAP_HD float correct(const StepRow& c, const StepTerms& v) {
+template <typename Float>
+DIFFGAP_HD Float correct(const StepRow& c, const StepTerms<Float>& v) {
   return c.corr_sample * v.sample + c.corr_last * v.last + c.corr_x0 * v.x0 + c.corr_h1 * v.h1 +
          c.corr_h2 * v.h2 + c.corr_h3 * v.h3;
 }
 
-DIFFGAP_HD float advance(const StepRow& c, const StepTerms& v, float corrected) {
+template <typename Float>
+DIFFGAP_HD Float advance(const StepRow& c, const StepTerms<Float>& v, Float corrected) {
   return c.pred_corrected * corrected + c.pred_sample * v.sample + c.pred_output * v.output +
          c.pred_x0 * v.x0 + c.pred_h1 * v.h1 + c.pred_h2 * v.h2 + c.pred_h3 * v.h3 + c.pred_noise * v.noise;
 }

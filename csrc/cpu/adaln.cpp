@@ -189,7 +189,7 @@ struct MergeSums {
       if constexpr (std::is_same_v<T, float>) {
         std::copy_n(total, n, target);
       } else {
-        close_tile(target, n, total);
+        for (int i = 0; i < n; ++i) narrow(total[i], target + i);
       }
     }
   }
@@ -201,8 +201,8 @@ std::optional<Tensor> rows_of(const char* name, const std::optional<Tensor>& row
   STD_TORCH_CHECK(rows->dim() == dims && rows->size(0) == x.size(0) && rows->size(dims - 1) == x.size(2) &&
                       (dims == 2 || rows->size(1) == x.size(1)) && rows->scalar_type() == x.scalar_type(),
                   "adaln: ", name, " does not fit x in shape or dtype");
-  const bool dense = rows->size(dims - 1) == 1 || rows->stride(dims - 1) == 1;
-  return dense ? *rows : torch::stable::contiguous(*rows);
+  const bool adjacent = rows->size(dims - 1) == 1 || rows->stride(dims - 1) == 1;
+  return adjacent ? *rows : dense(*rows);
 }
 
 // Whether results go past the caches, given how many tensors of x's shape the call moves.

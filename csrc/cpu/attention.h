@@ -254,7 +254,7 @@ struct Inputs {
 
 // Last dimension contiguous; other strides are the kernels' to follow.
 inline Tensor with_rows(const Tensor& x) {
-  return x.dim() == 4 && (x.size(3) <= 1 || x.stride(3) == 1) ? x : torch::stable::contiguous(x);
+  return x.dim() == 4 && (x.size(3) <= 1 || x.stride(3) == 1) ? x : dense(x);
 }
 
 template <typename T>
@@ -291,7 +291,7 @@ struct Arguments {
       STD_TORCH_CHECK(mask_->scalar_type() == ScalarType::Bool && mask_->dim() == 2 && mask_->size(0) == b &&
                           mask_->size(1) == m,
                       "key_mask: expected bool of shape (", b, ", ", m, ")");
-      mask = torch::stable::contiguous(*mask_);
+      mask = dense(*mask_);
       problem.mask = data_of<bool>(*mask);
     }
   }

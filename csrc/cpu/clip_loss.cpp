@@ -266,7 +266,7 @@ std::tuple<Tensor, Tensor, Tensor> clip_loss_backward(
     std::optional<int64_t> /* memory_budget */) {
   const int64_t n = a.size(0), m = b.size(0), columns = columns_lse.size(0);
   STD_TORCH_CHECK(columns == m || columns == 0, "columns_lse: expected ", m, " or no entries, got ", columns);
-  const Tensor lse_a = torch::stable::contiguous(rows_lse), lse_b = torch::stable::contiguous(columns_lse);
+  const Tensor lse_a = dense(rows_lse), lse_b = dense(columns_lse);
   const Tensor soft_a = vector_of("softmax_rows", softmax_rows, n);
   const Tensor soft_b = vector_of("softmax_columns", softmax_columns, columns);
   const Tensor target_a = vector_of("target_rows", target_rows, n);

@@ -13,15 +13,20 @@ namespace diffgap {
 template <int lanes>
 struct LanesOf {
   using Floats = typename Registers<lanes>::Vector;
+  typedef float Values __attribute__((vector_size(4 * lanes)));
   typedef int32_t Bits __attribute__((vector_size(4 * lanes)));
   typedef uint16_t Halves __attribute__((vector_size(2 * lanes), aligned(2), may_alias));
 };
 template <>
 struct LanesOf<1> {
   using Floats = float;
+  using Values = float;
 };
+// As they lie in memory, and as template arguments, which drop what is said of memory.
 template <int lanes>
 using Lanes = typename LanesOf<lanes>::Floats;
+template <int lanes>
+using Values = typename LanesOf<lanes>::Values;
 
 // As widen(BFloat16) and widen(Half) in tile.h have it for one.
 template <int lanes>

@@ -129,7 +129,7 @@ void visit_pairs(const Rows<T>& a, const Rows<T>& b, const Epilogue& epilogue, c
 // Calls `body` with two matrices of one dtype as rows of their element type.
 template <typename Function>
 void for_rows(const Tensor& a, const Tensor& b, const Function& body) {
-  const Tensor x = torch::stable::contiguous(a), y = torch::stable::contiguous(b);
+  const Tensor x = dense(a), y = dense(b);
   for_dtype(x.scalar_type(), [&](auto element) {
     using T = decltype(element);
     const int depth = static_cast<int>(x.size(1));

@@ -2,6 +2,7 @@
 #include <cstring>
 
 #include "cpu/isa.h"
+#include "cpu/noise.h"
 #include "cpu/tensor.h"
 
 namespace diffgap {
@@ -16,6 +17,7 @@ struct NormalArgs {
 };
 
 struct NormalTiles {
+  template <typename Width>
   static DIFFGAP_HD void run(const NormalArgs& a, int64_t first, int64_t last) {
     NoiseBuffer buffer;
     for (int64_t tile = first; tile < last; ++tile) {
@@ -23,7 +25,8 @@ struct NormalTiles {
       const int n = a.grid.width(begin);
       const uint32_t step = a.steps ? static_cast<uint32_t>(a.steps[sample]) : a.step;
       const NoiseKey key{static_cast<uint64_t>(a.seeds[sample]), step, a.stream};
-      std::memcpy(a.out + sample * a.grid.count + begin, draw_tile(key, begin, n, buffer), n * sizeof(float));
+      const float* drawn = draw_tile<Width::lanes>(key, begin, n, buffer);
+      std::memcpy(a.out + sample * a.grid.count + begin, drawn, n * sizeof(float));
     }
   }
 };
@@ -42,7 +45,7 @@ Tensor normal(const Tensor& seed, int64_t count, const std::optional<Tensor>& st
                         static_cast<uint32_t>(stream),
                         mutable_data_of<float>(out)};
   torch::stable::parallel_for(0, args.grid.size(), kTilesPerThread, [&](int64_t first, int64_t last) {
-    run_vectorised<NormalTiles>(args, first, last);
+    run_lanes<NormalTiles>(args, first, last);
   });
   return out;
 }

@@ -1,23 +1,15 @@
-// What the kernels need of torch, all of it in the stable ABI.
+// What the CPU kernels need of torch beside common/tensor.h.
 #pragma once
-
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
 
 #include <cstdint>
 #include <optional>
 #include <tuple>
 #include <vector>
 
+#include "common/tensor.h"
 #include "cpu/tile.h"
 
 namespace diffgap {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 inline Tensor empty_of(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType dtype) {
   const torch::headeronly::IntHeaderOnlyArrayRef shape(sizes.data(), sizes.size());
@@ -28,48 +20,26 @@ inline Tensor zeros_of(const Tensor& like, ScalarType dtype) {
   return torch::stable::new_zeros(like, like.sizes(), dtype);
 }
 
-// Elements per sample: the product of all sizes but the first.
-inline int64_t elements_per_sample(const Tensor& x) {
-  int64_t count = 1;
-  for (int64_t i = 1; i < x.dim(); ++i) count *= x.size(i);
-  return count;
-}
-
 // The table as contiguous float64 with this many columns.
 inline Tensor table_of(const Tensor& table, int64_t columns) {
   STD_TORCH_CHECK(table.dim() == 2 && table.size(1) == columns, "table: expected ", columns, " columns");
   const Tensor wide = table.scalar_type() == ScalarType::Double
                           ? table
                           : torch::stable::to(table, std::optional<ScalarType>(ScalarType::Double));
-  return torch::stable::contiguous(wide);
+  return dense(wide);
 }
 
 // A contiguous int64 tensor (samples,), checked.
 inline Tensor index_of(const char* name, const Tensor& index, int64_t samples) {
-  STD_TORCH_CHECK(index.scalar_type() == ScalarType::Long && index.dim() == 1 && index.size(0) == samples,
-                  name, ": expected int64 of shape (", samples, ",)");
-  return torch::stable::contiguous(index);
+  check_index(name, index, samples);
+  return dense(index);
 }
 
 // A contiguous float32 tensor (count,), checked.
 inline Tensor vector_of(const char* name, const Tensor& values, int64_t count) {
   STD_TORCH_CHECK(values.scalar_type() == ScalarType::Float && values.dim() == 1 && values.size(0) == count, name,
                   ": expected float32 of shape (", count, ",)");
-  return torch::stable::contiguous(values);
-}
-
-inline void check_row(const char* name, int64_t row, int64_t rows) {
-  STD_TORCH_CHECK(row >= 0 && row < rows, name, ": values must lie in [0, ", rows, "), got ", row);
-}
-
-template <typename T>
-const T* data_of(const Tensor& x) {
-  return static_cast<const T*>(x.const_data_ptr());
-}
-
-template <typename T>
-T* mutable_data_of(const Tensor& x) {
-  return static_cast<T*>(x.mutable_data_ptr());
+  return dense(values);
 }
 
 // The value of a float32 tensor of one element.

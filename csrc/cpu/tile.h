@@ -1,18 +1,14 @@
-// Kernels walk over tiles small enough for the first-level cache. A tile of float32 is read in place; one of
-// a lower dtype is widened into a buffer, and results take the same way back.
+// Element types, and the tiles that kernels walk over: small enough for the first-level cache.
 #pragma once
 
 #include <cstdint>
 
 #include "common/macros.h"
 #include "common/normal.h"
-#include "common/philox.h"
 
 namespace diffgap {
 
 constexpr int kTile = 256;
-// Blocks of four normals drawn together: the 32-bit lanes of the widest vector.
-constexpr int kBlockGroup = 16;
 
 struct Half {
   uint16_t bits;
@@ -51,58 +47,6 @@ DIFFGAP_HD void narrow(float value, BFloat16* result) {
       (static_cast<uint32_t>(bits) + 0x7FFF + ((static_cast<uint32_t>(bits) >> 16) & 1)) >> 16);
   const bool is_nan = (bits & 0x7FFFFFFF) > 0x7F800000;
   result->bits = static_cast<uint16_t>(is_nan ? 0x7FC0 : rounded);
-}
-
-// The tile at `source` as float32; `buffer` holds it where it must be widened.
-DIFFGAP_HD const float* load_tile(const float* source, int, float*) { return source; }
-
-template <typename T>
-DIFFGAP_HD const float* load_tile(const T* __restrict source, int n, float* __restrict buffer) {
-  for (int i = 0; i < n; ++i) buffer[i] = widen(source[i]);
-  return buffer;
-}
-
-// Where to compute the tile that goes to `target`, and its way there.
-DIFFGAP_HD float* open_tile(float* target, float*) { return target; }
-DIFFGAP_HD void close_tile(float*, int, const float*) {}
-
-template <typename T>
-DIFFGAP_HD float* open_tile(T*, float* buffer) {
-  return buffer;
-}
-template <typename T>
-DIFFGAP_HD void close_tile(T* __restrict target, int n, const float* __restrict buffer) {
-  for (int i = 0; i < n; ++i) narrow(buffer[i], target + i);
-}
-
-// Which noise a sample gets.
-struct NoiseKey {
-  uint64_t seed;
-  uint32_t step, stream;
-};
-
-// Room for the normals of one tile wherever it begins.
-struct NoiseBuffer {
-  alignas(64) float values[kTile + kLanes * kBlockGroup];
-};
-
-// Draws elements [begin, begin + n) of a sample, n <= kTile; returns the first.
-DIFFGAP_HD const float* draw_tile(NoiseKey key, int64_t begin, int n, NoiseBuffer& buffer) {
-  const uint64_t first = static_cast<uint64_t>(begin) / kLanes;
-  const int skipped = static_cast<int>(begin % kLanes);
-  // Rounded up to whole vectors: the surplus costs less than a scalar remainder.
-  const int groups = (skipped + n + kLanes * kBlockGroup - 1) / (kLanes * kBlockGroup);
-  float* __restrict values = buffer.values;
-  for (int i = 0; i < groups * kBlockGroup; ++i) {
-    const Words words = sample_words(key.seed, first + i, key.step, key.stream);
-    const Normals front = box_muller(words.w0, words.w1);
-    const Normals back = box_muller(words.w2, words.w3);
-    values[kLanes * i] = front.n0;
-    values[kLanes * i + 1] = front.n1;
-    values[kLanes * i + 2] = back.n0;
-    values[kLanes * i + 3] = back.n1;
-  }
-  return values + skipped;
 }
 
 // A sample's elements in tiles, over all samples: what parallel_for counts.

@@ -154,6 +154,13 @@ def distinct(*tensors: Tensor | None) -> list[Tensor | None]:
     return result
 
 
+def check_devices(op: str, *arguments: Any) -> None:
+    """Raise RuntimeError unless all tensors among the arguments are on one device; for fakes, which look no further."""
+    devices = {str(x.device) for x in arguments if isinstance(x, Tensor)}
+    if len(devices) > 1:
+        raise RuntimeError(f"{op}: tensors are on {' and '.join(sorted(devices))}; move them to one device")
+
+
 def define(schema: str, default: Callable[..., Any], fake: Callable[..., Any]) -> Any:
     """Register ``diffgap::<schema>`` with a default implementation for every device, and return its overload.
 

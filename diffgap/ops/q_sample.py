@@ -13,6 +13,7 @@ With ``[alpha, sigma] = table[t]`` and ``noise = normal(seed, x0.shape[1:])`` (:
 from __future__ import annotations
 
 import math
+from contextlib import suppress
 from typing import Any, Literal, get_args, overload
 
 import torch
@@ -20,7 +21,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from diffgap.ops import _dispatch
-from diffgap.ops._native import CPU_MISSING
+from diffgap.ops._native import CPU_MISSING, CUDA_MISSING
 from diffgap.ops.random import STREAM_DRAW, check_index, check_seed, normal_reference
 
 Target = Literal["epsilon", "sample", "v_prediction", "flow_prediction"]
@@ -67,6 +68,7 @@ def _q_sample_default(
 def _q_sample_fake(
     x0: Tensor, t: Tensor, table: Tensor, seed: Tensor, target: int, return_noise: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
+    _dispatch.check_devices("q_sample", x0, t, table, seed)
     return x0.new_empty(x0.shape), x0.new_empty(x0.shape), x0.new_empty(x0.shape if return_noise else 0)
 
 
@@ -99,7 +101,11 @@ _backward = _dispatch.define(
     _backward_default,
     _backward_fake,
 )
-_dispatch.declare("q_sample", cpu=_dispatch.Native("C++", _DTYPES, CPU_MISSING))
+_dispatch.declare(
+    "q_sample",
+    cpu=_dispatch.Native("C++", _DTYPES, CPU_MISSING),
+    cuda=_dispatch.Native("CUDA C++", _DTYPES, CUDA_MISSING),
+)
 
 
 class _QSample(torch.autograd.Function):
@@ -120,13 +126,11 @@ class _QSample(torch.autograd.Function):
         return _backward(grad_x_t, grad_target, t, table, ctx.target), None, None, None, None, None
 
 
-def _check(x0: Tensor, t: Tensor, table: Tensor, seed: Tensor, target: str) -> None:
+def _check(x0: Tensor, t: Tensor, table: Tensor, seed: Tensor) -> None:
     if not x0.is_floating_point():
         raise TypeError(f"x0: expected a floating-point tensor, got {x0.dtype}")
     if x0.dim() < 1:
         raise ValueError("x0: expected shape (B, ...), got a scalar")
-    if target not in TARGETS:
-        raise ValueError(f"target: unknown {target!r}; use one of {', '.join(TARGETS)}")
     if not isinstance(table, Tensor) or not table.is_floating_point() or table.shape[1:] != (2,):
         got = f"{table.dtype} {tuple(table.shape)}" if isinstance(table, Tensor) else type(table).__name__
         raise ValueError(f"table: expected floating-point (T, 2) with columns alpha, sigma, got {got}")
@@ -176,16 +180,31 @@ def q_sample(
 
     Raises:
         TypeError: An argument has the wrong dtype.
-        ValueError: A wrong shape, device, option, or a ``t`` outside the table (checked on the CPU).
+        ValueError: A wrong shape, device, option, or, checked on the CPU, a ``t`` outside the table (on a GPU it makes
+            the sample NaN).
         RuntimeError: Backend "native" was asked for and there is no kernel for these inputs.
     """
-    _check(x0, t, table, seed, target)
-    index = TARGETS.index(target)
-    if _dispatch.choose("q_sample", x0) == "eager":
-        x_t, wanted, noise = q_sample_reference(x0, t, table, seed, index)
-    else:
-        # The target "epsilon" is the noise: no need to write it twice.
-        extra = return_noise and target != "epsilon"
-        x_t, wanted, noise = _QSample.apply(x0, t, table, seed, index, extra)
-        noise = noise if extra else wanted
+    if target not in TARGETS:
+        raise ValueError(f"target: unknown {target!r}; use one of {', '.join(TARGETS)}")
+    arguments = (x0, t, table, seed, TARGETS.index(target))
+    native = _dispatch.choose("q_sample", x0) == "native"
+    if native and not torch.compiler.is_compiling():
+        # The kernels refuse what they cannot take before they begin; only then is it worth finding out what it is.
+        with suppress(RuntimeError, TypeError):
+            return _run(arguments, return_noise)
+    _check(x0, t, table, seed)
+    if native:
+        return _run(arguments, return_noise)
+    x_t, wanted, noise = q_sample_reference(*arguments)
     return (x_t, wanted, noise) if return_noise else (x_t, wanted)
+
+
+def _run(
+    arguments: tuple[Tensor, Tensor, Tensor, Tensor, int], return_noise: bool
+) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor]:
+    # The target "epsilon" is the noise: no need to write it twice.
+    extra = return_noise and TARGETS[arguments[-1]] != "epsilon"
+    x_t, wanted, noise = _QSample.apply(*arguments, extra)
+    if return_noise:
+        return x_t, wanted, noise if extra else wanted
+    return x_t, wanted

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from diffgap.ops import _dispatch
-from diffgap.ops._native import CPU_MISSING
+from diffgap.ops._native import CPU_MISSING, CUDA_MISSING
 
 #: Last word of the counter: keeps the numbers one seed gives for different purposes apart.
 STREAM_DRAW, STREAM_SOLVER, STREAM_SEEDS = 0, 1, 2
@@ -103,8 +103,12 @@ _normal = _dispatch.define(
     _normal_default,
     _normal_fake,
 )
-# Seeds go in, float32 comes out.
-_dispatch.declare("normal", cpu=_dispatch.Native("C++", (torch.int64, torch.float32), CPU_MISSING))
+_DTYPES = (torch.int64, torch.float32)  # seeds go in, float32 comes out
+_dispatch.declare(
+    "normal",
+    cpu=_dispatch.Native("C++", _DTYPES, CPU_MISSING),
+    cuda=_dispatch.Native("CUDA C++", _DTYPES, CUDA_MISSING),
+)
 
 
 def check_seed(seed: Tensor, batch: int, device: torch.device) -> None:

@@ -20,56 +20,24 @@ earlier ``x0``:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple, get_args
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Any, Literal, cast, get_args, overload
 
 import torch
 from torch import Tensor
 
 from diffgap.ops import _dispatch
-from diffgap.ops._native import CPU_MISSING
-from diffgap.ops.random import STREAM_SOLVER, check_index, check_seed, normal_reference
+from diffgap.ops._native import CPU_MISSING, CUDA_MISSING
+from diffgap.ops._step_arguments import COLUMNS, MAX_HISTORY, Out, StepOutput, check_arguments, check_out
+from diffgap.ops.random import STREAM_SOLVER, normal_reference
 
-#: Columns of a solver table, in order.
-COLUMNS = (
-    "x0_sample",
-    "x0_output",
-    "corr_sample",
-    "corr_last",
-    "corr_x0",
-    "corr_h1",
-    "corr_h2",
-    "corr_h3",
-    "pred_corrected",
-    "pred_sample",
-    "pred_output",
-    "pred_x0",
-    "pred_h1",
-    "pred_h2",
-    "pred_h3",
-    "pred_noise",
-)
-
-#: Earlier ``x0`` predictions a table can use.
-MAX_HISTORY = 3
+__all__ = ["COLUMNS", "MAX_HISTORY", "GuidanceForm", "Out", "StepOutput", "solver_step", "solver_step_reference"]
 
 GuidanceForm = Literal["standard", "offset"]
+_FORMS = get_args(GuidanceForm)
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-
-
-class StepOutput(NamedTuple):
-    """What one solver step gives; every tensor has the sample's shape and dtype.
-
-    Attributes:
-        sample: The sample at the next timestep.
-        x0: The prediction of the clean sample, clamped or renormalised: the next step's ``history[0]``.
-        corrected: The corrected sample: the next step's ``last_sample``. Without corrector ``sample`` itself.
-    """
-
-    sample: Tensor
-    x0: Tensor
-    corrected: Tensor
 
 
 def _guide(conditional: Tensor, unconditional: Tensor, scale: float, offset_form: bool, rescale: float) -> Tensor:
@@ -144,113 +112,88 @@ def solver_step_reference(
 
 
 def _solver_step_default(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    check_arguments(*arguments)
     following, x0, corrected = solver_step_reference(*arguments)
     corrected = following.new_empty(0) if corrected is None else corrected.contiguous()
     return following.contiguous(), x0.contiguous(), corrected
 
 
-def _solver_step_fake(
-    sample: Tensor,
-    output: Tensor,
-    table: Tensor,
-    steps: Tensor | None,
-    step: int,
-    unconditional: Tensor | None,
-    guidance_scale: float,
-    offset_form: bool,
-    guidance_rescale: float,
-    last_sample: Tensor | None,
-    *_: Any,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _solver_step_fake(sample: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    _dispatch.check_devices("solver_step", sample, *arguments)
+    last_sample = arguments[8]
     corrected = sample.new_empty(0 if last_sample is None else sample.shape)
     return sample.new_empty(sample.shape), sample.new_empty(sample.shape), corrected
 
 
-_solver_step = _dispatch.define(
-    "solver_step(Tensor sample, Tensor output, Tensor table, Tensor? steps, int step, Tensor? unconditional,"
+def _solver_step_out_default(*arguments: Any) -> None:
+    inputs, outs = arguments[:-3], arguments[-3:]
+    check_arguments(*inputs)
+    check_out(outs, *inputs)
+    for out, result in zip(outs, solver_step_reference(*inputs), strict=True):
+        if out is not None and result is not None:
+            out.copy_(result)
+
+
+def _solver_step_out_fake(*arguments: Any) -> None:
+    _dispatch.check_devices("solver_step_out", *arguments)
+
+
+_ARGUMENTS = (
+    "Tensor sample, Tensor output, Tensor table, Tensor? steps, int step, Tensor? unconditional,"
     " float guidance_scale, bool offset_form, float guidance_rescale, Tensor? last_sample,"
-    " Tensor? h1, Tensor? h2, Tensor? h3, Tensor? seed, float? x0_clamp, float? x0_norm)"
-    " -> (Tensor, Tensor, Tensor)",
-    _solver_step_default,
-    _solver_step_fake,
+    " Tensor? h1, Tensor? h2, Tensor? h3, Tensor? seed, float? x0_clamp, float? x0_norm"
 )
-_dispatch.declare("solver_step", cpu=_dispatch.Native("C++", _DTYPES, CPU_MISSING))
+_solver_step = _dispatch.define(
+    f"solver_step({_ARGUMENTS}) -> (Tensor, Tensor, Tensor)", _solver_step_default, _solver_step_fake
+)
+_solver_step_out = _dispatch.define(
+    f"solver_step_out({_ARGUMENTS}, Tensor(a!) next, Tensor(b!)? x0, Tensor(c!)? corrected) -> ()",
+    _solver_step_out_default,
+    _solver_step_out_fake,
+)
+_dispatch.declare(
+    "solver_step",
+    cpu=_dispatch.Native("C++", _DTYPES, CPU_MISSING),
+    cuda=_dispatch.Native("CUDA C++", _DTYPES, CUDA_MISSING),
+)
 
 
-def _check_tensors(sample: Tensor, others: dict[str, Tensor | None]) -> None:
-    if not sample.is_floating_point():
-        raise TypeError(f"sample: expected a floating-point tensor, got {sample.dtype}")
-    if sample.dim() < 1:
-        raise ValueError("sample: expected shape (B, ...), got a scalar")
-    for name, tensor in others.items():
-        if tensor is None:
-            continue
-        if tensor.shape != sample.shape:
-            shapes = f"{tuple(sample.shape)}, got {tuple(tensor.shape)}"
-            raise ValueError(f"{name}: expected the sample's shape {shapes}")
-        if not tensor.is_floating_point():
-            raise TypeError(f"{name}: expected a floating-point tensor, got {tensor.dtype}")
-        if tensor.device != sample.device:
-            raise ValueError(f"{name}: is on {tensor.device}, sample on {sample.device}; move it with .to()")
-
-
-def _check_table(sample: Tensor, table: Tensor, step: int | Tensor) -> None:
-    if not isinstance(table, Tensor) or not table.is_floating_point() or table.shape[1:] != (len(COLUMNS),):
-        got = f"{table.dtype} {tuple(table.shape)}" if isinstance(table, Tensor) else type(table).__name__
-        raise ValueError(f"table: expected floating-point (S, {len(COLUMNS)}), columns COLUMNS, got {got}")
-    if table.device != sample.device:
-        raise ValueError(f"table: is on {table.device}, sample on {sample.device}; move it with .to()")
-    if isinstance(step, Tensor):
-        check_index("step", step, sample.shape[0], sample.device, table.shape[0])
-    elif not 0 <= step < table.shape[0]:
-        raise ValueError(f"step: must lie in [0, {table.shape[0]}), the rows of the table; got {step}")
-
-
-def _check_terms(table: Tensor, step: int | Tensor, given: Sequence[bool]) -> None:
-    """Refuse a row that needs a tensor that was not given; on the CPU only, where looking costs no stall."""
-    if table.device.type != "cpu" or torch.compiler.is_compiling() or all(given):
-        return
-    rows = table[step]
-    used = dict(zip(COLUMNS, (rows if rows.dim() == 1 else rows.abs().sum(0)).tolist(), strict=True))
-    last, h1, h2, h3, seed = given
-    for name, present, columns in (
-        ("last_sample", last, ("corr_last",)),
-        ("history", h1, ("corr_h1", "pred_h1")),
-        ("history", h2, ("corr_h2", "pred_h2")),
-        ("history", h3, ("corr_h3", "pred_h3")),
-        ("seed", seed, ("pred_noise",)),
-    ):
-        if not present and any(used[column] != 0.0 for column in columns):
-            needed = " or ".join(columns)
-            raise ValueError(f"{name}: not given, but the table's row has a non-zero {needed}; pass it")
-
-
-def _check_options(
+@overload
+def solver_step(
     sample: Tensor,
-    guided: bool,
-    guidance_scale: float,
-    guidance_form: str,
-    guidance_rescale: float,
-    x0_clamp: float | None,
-    x0_norm: float | None,
-) -> None:
-    if guidance_form not in get_args(GuidanceForm):
-        raise ValueError(f"guidance_form: unknown {guidance_form!r}; use 'standard' or 'offset'")
-    if not math.isfinite(guidance_scale):
-        raise ValueError(f"guidance_scale: must be finite, got {guidance_scale}")
-    if not 0.0 <= guidance_rescale <= 1.0:
-        raise ValueError(f"guidance_rescale: must lie in [0, 1], got {guidance_rescale}")
-    if guidance_rescale > 0.0 and guided and math.prod(sample.shape[1:]) < 2:
-        raise ValueError("guidance_rescale: a standard deviation needs more than one element per sample")
-    if x0_clamp is not None and x0_norm is not None:
-        raise ValueError("x0_norm: x0 can be clamped or put on a sphere, not both; drop x0_clamp or x0_norm")
-    for name, value in (("x0_clamp", x0_clamp), ("x0_norm", x0_norm)):
-        if value is not None and not (math.isfinite(value) and value > 0.0):
-            raise ValueError(f"{name}: must be positive and finite, got {value}")
-    if x0_norm is not None and sample.dim() < 2:
-        raise ValueError(f"x0_norm: needs a sample of two dimensions or more, got {tuple(sample.shape)}")
-
-
+    output: Tensor,
+    table: Tensor,
+    step: int | Tensor,
+    *,
+    unconditional: Tensor | None = ...,
+    guidance_scale: float = ...,
+    guidance_form: GuidanceForm = ...,
+    guidance_rescale: float = ...,
+    last_sample: Tensor | None = ...,
+    history: Sequence[Tensor] = ...,
+    seed: Tensor | None = ...,
+    x0_clamp: float | None = ...,
+    x0_norm: float | None = ...,
+    out: None = ...,
+) -> StepOutput: ...
+@overload
+def solver_step(
+    sample: Tensor,
+    output: Tensor,
+    table: Tensor,
+    step: int | Tensor,
+    *,
+    unconditional: Tensor | None = ...,
+    guidance_scale: float = ...,
+    guidance_form: GuidanceForm = ...,
+    guidance_rescale: float = ...,
+    last_sample: Tensor | None = ...,
+    history: Sequence[Tensor] = ...,
+    seed: Tensor | None = ...,
+    x0_clamp: float | None = ...,
+    x0_norm: float | None = ...,
+    out: Out,
+) -> Out: ...
 def solver_step(
     sample: Tensor,
     output: Tensor,
@@ -266,7 +209,8 @@ def solver_step(
     seed: Tensor | None = None,
     x0_clamp: float | None = None,
     x0_norm: float | None = None,
-) -> StepOutput:
+    out: Out | None = None,
+) -> StepOutput | Out:
     """Advance ``sample`` by row ``step`` of a solver's coefficient table; the formula heads this module.
 
     Args:
@@ -285,66 +229,59 @@ def solver_step(
         seed: (B,) int64, each sample's own seed; needed where the table draws noise.
         x0_clamp: Clamp ``x0`` to [-x0_clamp, x0_clamp].
         x0_norm: Scale each row (last dimension) of ``x0`` to this Euclidean norm; zero rows stay zero.
+        out: Contiguous tensors of the sample's shape and dtype for ``(sample, x0, corrected)``, the latter two None
+            where not wanted. They may be arguments: ``(sample, history[-1], last_sample)`` steps in place.
 
     Returns:
-        :class:`StepOutput`.
+        :class:`StepOutput`, or ``out``.
 
     Raises:
         TypeError: An argument has the wrong dtype.
-        ValueError: A wrong shape, device or option; a ``step`` outside the table; or (checked on the CPU) a row
-            that needs ``last_sample``, ``history`` or ``seed`` where none was given.
+        ValueError: A wrong shape, device or option; or, checked on the CPU, a ``step`` outside the table (on a GPU it
+            makes the sample NaN) or a row that needs ``last_sample``, ``history`` or ``seed`` where none was given.
         RuntimeError: Backend "native" was asked for and there is no kernel for these inputs. Kernels have no
             backward pass, so inputs that require gradients take the eager reference.
     """
     if len(history) > MAX_HISTORY:
         raise ValueError(f"history: at most {MAX_HISTORY} earlier predictions are used, got {len(history)}")
+    if guidance_form not in _FORMS:
+        raise ValueError(f"guidance_form: unknown {guidance_form!r}; use 'standard' or 'offset'")
     h1, h2, h3 = (*history, None, None, None)[:MAX_HISTORY]
-    tensors = {
-        "output": output,
-        "unconditional": unconditional,
-        "last_sample": last_sample,
-        "history[0]": h1,
-        "history[1]": h2,
-        "history[2]": h3,
-    }
-    _check_tensors(sample, tensors)
-    _check_table(sample, table, step)
-    _check_options(
-        sample, unconditional is not None, guidance_scale, guidance_form, guidance_rescale, x0_clamp, x0_norm
-    )
-    if seed is not None:
-        check_seed(seed, sample.shape[0], sample.device)
-    _check_terms(table, step, [tensor is not None for tensor in (last_sample, h1, h2, h3, seed)])
-    unconditional, last_sample, h1, h2, h3 = (
-        None if tensor is None else tensor.to(sample.dtype) for tensor in (unconditional, last_sample, h1, h2, h3)
-    )
-    following, x0, corrected = _route(sample, tensors)(
-        sample,
-        output.to(sample.dtype),
-        table,
-        step if isinstance(step, Tensor) else None,
-        0 if isinstance(step, Tensor) else step,
-        unconditional,
-        guidance_scale,
-        guidance_form == "offset",
-        guidance_rescale,
-        last_sample,
-        h1,
-        h2,
-        h3,
-        seed,
-        x0_clamp,
-        x0_norm,
-    )
-    return StepOutput(following, x0, sample if last_sample is None else corrected)
+    steps, row = (step, 0) if isinstance(step, Tensor) else (None, step)
+    offset_form = guidance_form == "offset"
+    terms = (sample, output, unconditional, last_sample, h1, h2, h3)
+    native = _dispatch.choose("solver_step", sample) == "native" and not _differentiates(terms)
+    arguments: Any = (sample, output, table, steps, row, unconditional, guidance_scale, offset_form, guidance_rescale)
+    arguments += (last_sample, h1, h2, h3, seed, x0_clamp, x0_norm)
+    if native and not torch.compiler.is_compiling():
+        # Looking at every argument here would cost more than a small step. The kernels refuse what they cannot take
+        # before they begin; only then is it worth finding out what is wrong, or what has to be converted.
+        with suppress(RuntimeError, TypeError):
+            return _run(arguments, out, native=True)
+    check_arguments(*arguments)
+    if out is not None:
+        check_out(out, *arguments)
+        if not native and _differentiates(terms):
+            raise ValueError("out: gradients are not recorded through it; use no_grad(), or leave it None")
+    arguments = tuple(x.to(sample.dtype) if i in _TERMS and x is not None else x for i, x in enumerate(arguments))
+    return _run(arguments, out, native=native)
 
 
-def _route(sample: Tensor, tensors: dict[str, Tensor | None]) -> Callable[..., Any]:
-    """The registered op or the reference; the latter also where gradients are wanted, which only it gives."""
-    native = _dispatch.choose("solver_step", sample) == "native"
-    learned = [x for x in (sample, *tensors.values()) if x is not None and x.requires_grad]
-    if not (native and learned and torch.is_grad_enabled()):
-        return _solver_step if native else solver_step_reference
-    if _dispatch._mode == "native":
+#: Positions among the op's arguments of the tensors that must have the sample's dtype.
+_TERMS = (1, 5, 9, 10, 11, 12)
+
+
+def _run(arguments: tuple[Any, ...], out: Out | None, *, native: bool) -> StepOutput | Out:
+    if out is not None:
+        (_solver_step_out if native else _solver_step_out_default)(*arguments, *out)
+        return out
+    following, x0, corrected = (_solver_step if native else solver_step_reference)(*arguments)
+    return StepOutput(following, x0, cast(Tensor, corrected) if arguments[9] is not None else arguments[0])
+
+
+def _differentiates(terms: Sequence[Tensor | None]) -> bool:
+    """Whether gradients are wanted, which only the reference gives."""
+    learned = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in terms)
+    if learned and _dispatch.selected() == "native":
         raise RuntimeError("solver_step: no native kernel has a backward pass; use no_grad() or backend 'auto'")
-    return solver_step_reference
+    return learned
