@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -17,14 +18,13 @@ from diffgap.ops.solver_step import GuidanceForm, StepOutput, solver_step
 class Model(Protocol):
     """What the sampler calls: a network with its conditions and the time of every step already in it."""
 
-    def __call__(self, sample: Tensor, step: int | Tensor) -> Tensor:
+    def __call__(self, sample: Tensor, step: int) -> Tensor:
         """The prediction for a noisy batch.
 
         Args:
             sample: (N, \\*shape). With guidance (2 N, \\*shape): the samples for the conditional branch and
-                then the same samples for the unconditional one.
+                then the same samples for the unconditional one. It is overwritten after the call.
             step: Row of the solver's table, an index into whatever was precomputed for ``solver.timesteps``.
-                Under ``cuda_graph`` it is an int64 tensor (1,) on the device: ``rows.index_select(0, step)``.
 
         Returns:
             The prediction, of the sample's shape, of the schedule's ``prediction_type``.
@@ -51,15 +51,138 @@ class Guidance:
     form: GuidanceForm = "standard"
 
 
-class _State(NamedTuple):
-    """What one step hands to the next."""
+class SamplingLoop:
+    """A sampling loop for batches of one size, in memory of its own: every step is taken in place.
 
-    sample: Tensor
-    last_sample: Tensor | None
-    history: tuple[Tensor, ...]
+    Args:
+        model: See :class:`Model`.
+        solver: Table of the solver (:func:`diffgap.diffusion.build_solver`).
+        batch: Samples drawn at a time.
+        shape: Shape of one sample.
+        device: Where to sample.
+        guidance: Classifier-free guidance; both branches are one batch. None: one branch.
+        dtype: Of the samples. The arithmetic of a step is in float32 or better.
+        x0_clamp: Clamp every x0 prediction to [-x0_clamp, x0_clamp].
+        x0_norm: Put every x0 prediction (last dimension) on the sphere of this radius instead.
+        steps: Stop after this many rows; None runs them all.
+
+    Raises:
+        ValueError: ``steps`` is out of range.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        solver: SolverTable,
+        batch: int,
+        shape: Sequence[int],
+        *,
+        device: torch.device,
+        guidance: Guidance | None = None,
+        dtype: torch.dtype = torch.float32,
+        x0_clamp: float | None = None,
+        x0_norm: float | None = None,
+        steps: int | None = None,
+    ) -> None:
+        self.steps = len(solver) if steps is None else steps
+        if not 1 <= self.steps <= len(solver):
+            raise ValueError(f"steps is {steps}; use 1 to {len(solver)}, the rows of the solver's table")
+        self.model, self.solver, self.guidance = model, solver, guidance
+        self._constraint = {"x0_clamp": x0_clamp, "x0_norm": x0_norm}
+        self._table = solver.coefficients.to(device)
+        branches = 1 if guidance is None else 2
+        self._branches = torch.empty(branches, batch, *shape, dtype=dtype, device=device)
+        self._sample = self._branches[0]
+        self._x0s = [torch.empty_like(self._sample) for _ in range(max(solver.history, 1))]
+        self._corrected = torch.empty_like(self._sample) if solver.corrects else None
+        self._seeds = torch.empty(batch, dtype=torch.int64, device=device)
+        self._initial: Tensor | None = None
+        self._graph: torch.cuda.CUDAGraph | None = None
+
+    @torch.no_grad()
+    def __call__(self, seeds: Tensor, initial: Tensor | None = None, callback: Callback | None = None) -> Tensor:
+        """Draw a batch.
+
+        Args:
+            seeds: (batch,) int64, one a sample.
+            initial: (batch, \\*shape) to start from instead of unit normal noise.
+            callback: Progress, trajectory, or a reason to stop.
+
+        Returns:
+            (batch, \\*shape): the sample after the last row, or, stopped before it, the last x0 prediction. The next
+            call overwrites it.
+        """
+        self._seeds.copy_(seeds)
+        if initial is not None:
+            self._sample.copy_(initial)
+        if self._graph is None:
+            return self._run(callback, draws=initial is None)
+        self._graph.replay()
+        return self._result
+
+    def capture(self) -> None:
+        """Record the whole loop as a CUDA graph: calls then replay it, without callback or ``initial``.
+
+        Worth it for several batches where launches cost more than the network computes. The model must not
+        synchronise with the host, and what it reads must stay where it is.
+        """
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # lets libraries allocate and kernels compile outside the capture
+            self._run(None, draws=True)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self._result = self._run(None, draws=True)
+        self._graph = graph
+
+    def _run(self, callback: Callback | None, *, draws: bool) -> Tensor:
+        if draws:
+            noise = normal(self._seeds, self._sample.shape[1:], dtype=self._sample.dtype)
+            torch.mul(noise, self.solver.init_sigma, out=self._sample)
+        x0s = deque(self._x0s)  # newest first
+        if self._corrected is not None:
+            self._corrected.copy_(self._sample)
+        for x0 in x0s:  # what the first rows have no history for, their zero coefficients leave out
+            x0.zero_()
+        # x0 is written only where someone reads it.
+        whole = self.steps == len(self.solver)
+        wanted = self.solver.history > 0 or callback is not None
+        for step in range(self.steps):
+            last = step + 1 == self.steps
+            self._advance(step, x0s, keep=wanted or (last and not whole))
+            x0s.rotate(1)
+            if callback is not None:
+                state = (self._sample, x0s[0], self._sample if self._corrected is None else self._corrected)
+                if callback(step, StepOutput(*(x.clone() for x in state))) and not (last and whole):
+                    return x0s[0]
+        return self._sample if whole else x0s[0]
+
+    def _advance(self, step: int, x0s: Sequence[Tensor], *, keep: bool) -> None:
+        """One step in place: the network, then one row of the table."""
+        guidance, sample = self.guidance, self._sample
+        if guidance is None:
+            conditional, unconditional = self.model(sample, step), None
+        else:
+            self._branches[1].copy_(sample)
+            conditional, unconditional = self.model(self._branches.flatten(0, 1), step).chunk(2)
+        solver_step(
+            sample,
+            conditional,
+            self._table,
+            step,
+            unconditional=unconditional,
+            guidance_scale=1.0 if guidance is None else guidance.scale,
+            guidance_rescale=0.0 if guidance is None else guidance.rescale,
+            guidance_form="standard" if guidance is None else guidance.form,
+            last_sample=self._corrected,
+            history=tuple(x0s)[: self.solver.history],
+            seed=self._seeds if self.solver.stochastic else None,
+            out=(sample, x0s[-1] if keep else None, self._corrected),
+            **self._constraint,
+        )
 
 
-@torch.no_grad()
 def sample(
     model: Model,
     solver: SolverTable,
@@ -73,7 +196,6 @@ def sample(
     x0_norm: float | None = None,
     steps: int | None = None,
     callback: Callback | None = None,
-    cuda_graph: bool = False,
 ) -> Tensor:
     """Draw samples.
 
@@ -82,125 +204,28 @@ def sample(
 
     Args:
         model: See :class:`Model`; it is called on the flattened batch.
-        solver: Table of the solver (:func:`diffgap.diffusion.build_solver`).
+        solver, guidance, dtype, x0_clamp, x0_norm, steps: See :class:`SamplingLoop`, which draws several batches of one
+            size, on a GPU as one CUDA graph.
         seeds: int64 (\\*batch) on the device to sample on, e.g. (B, K) for K samples of each of B conditions.
             They are flattened in row-major order for the model.
         shape: Shape of one sample.
-        guidance: Classifier-free guidance; both branches are one batch. None: one branch.
         initial: (\\*batch, \\*shape) to start from instead of unit normal noise.
-        dtype: Of the samples. The arithmetic of a step is in float32 or better.
-        x0_clamp: Clamp every x0 prediction to [-x0_clamp, x0_clamp].
-        x0_norm: Put every x0 prediction (last dimension) on the sphere of this radius instead
-            (:attr:`EmbeddingScaler.radius`).
-        steps: Stop after this many rows; None runs them all.
         callback: Progress, trajectory, or a reason to stop.
-        cuda_graph: Capture the step as a CUDA graph and replay it. Worth it where launches cost more than the
-            network computes; the model must not synchronise with the host.
 
     Returns:
         (\\*batch, \\*shape): the sample after the last row, or, stopped before it, the last x0 prediction.
 
     Raises:
         TypeError: ``seeds`` is not int64.
-        ValueError: A shape, ``steps`` or an option is out of range, or ``cuda_graph`` off a GPU.
+        ValueError: A shape, ``steps`` or an option is out of range.
     """
-    total = len(solver) if steps is None else steps
-    if not 1 <= total <= len(solver):
-        raise ValueError(f"steps is {steps}; use 1 to {len(solver)}, the rows of the solver's table")
     if seeds.dtype != torch.int64:
         raise TypeError(f"seeds is {seeds.dtype}; give int64, e.g. from diffgap.ops.random.sample_seeds")
     if initial is not None and initial.shape != (*seeds.shape, *shape):
         raise ValueError(f"initial is {tuple(initial.shape)}; it must be {(*seeds.shape, *shape)}: seeds and shape")
-    if cuda_graph and seeds.device.type != "cuda":
-        raise ValueError(f"cuda_graph: the seeds are on {seeds.device}, not on a GPU; leave it False")
-
-    flat_seeds = seeds.reshape(-1)
-    if initial is None:
-        start = normal(flat_seeds, shape, dtype=dtype) * solver.init_sigma
-    else:
-        start = initial.reshape(-1, *shape).to(seeds.device, dtype)
-    table = solver.coefficients.to(seeds.device)
-
-    def advance(state: _State, step: int | Tensor) -> StepOutput:
-        """One step: the network, then one row of the table."""
-        if guidance is None:
-            conditional, unconditional = model(state.sample, step), None
-        else:
-            conditional, unconditional = model(torch.cat((state.sample, state.sample)), step).chunk(2)
-        return solver_step(
-            state.sample,
-            conditional,
-            table,
-            step if isinstance(step, int) else step.expand(len(state.sample)),
-            unconditional=unconditional,
-            guidance_scale=1.0 if guidance is None else guidance.scale,
-            guidance_rescale=0.0 if guidance is None else guidance.rescale,
-            guidance_form="standard" if guidance is None else guidance.form,
-            last_sample=state.last_sample,
-            history=state.history,
-            seed=flat_seeds if solver.stochastic else None,
-            x0_clamp=x0_clamp,
-            x0_norm=x0_norm,
-        )
-
-    # All rows see state of one shape: what a warm-up row has no history for, its zero coefficients leave out.
-    state = _State(start, start if solver.corrects else None, (torch.zeros_like(start),) * solver.history)
-    run = _Captured(advance, state) if cuda_graph else None
-    for step in range(total):
-        if run is None:
-            result = advance(state, step)
-            state = _following(state, result)
-        else:
-            result = run.replay()
-        if callback is not None and callback(step, result):
-            total = step + 1
-            break
-    final = result.sample if total == len(solver) else result.x0
-    return final.reshape(*seeds.shape, *shape)
-
-
-def _following(state: _State, result: StepOutput) -> _State:
-    """The state after a step: the newest x0 goes to the front of the history."""
-    last_sample = None if state.last_sample is None else result.corrected
-    return _State(result.sample, last_sample, (result.x0, *state.history)[: len(state.history)])
-
-
-def _overwrite(state: _State, following: _State) -> None:
-    """Copy ``following`` into the tensors of ``state``, oldest history first, as its tensors shift by one."""
-    for old, new in zip(reversed(state.history), reversed(following.history), strict=True):
-        old.copy_(new)
-    if state.last_sample is not None and following.last_sample is not None:
-        state.last_sample.copy_(following.last_sample)
-    state.sample.copy_(following.sample)
-
-
-class _Captured:
-    """A step as a CUDA graph: fixed buffers for the state, and a counter on the device for the row."""
-
-    def __init__(self, advance: Callable[[_State, Tensor], StepOutput], start: _State) -> None:
-        own = (x.clone() for x in start.history)
-        last_sample = None if start.last_sample is None else start.last_sample.clone()
-        self.state = _State(start.sample.clone(), last_sample, tuple(own))
-        self.step = torch.zeros(1, dtype=torch.int64, device=start.sample.device)
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # lets libraries allocate and kernels compile outside the capture
-            for _ in range(2):
-                advance(self.state, self.step)
-        torch.cuda.current_stream().wait_stream(stream)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self.result = self.advance_in_place(advance, self.state, self.step)
-
-    @staticmethod
-    def advance_in_place(advance: Callable[[_State, Tensor], StepOutput], state: _State, step: Tensor) -> StepOutput:
-        """One step that leaves the next state in the tensors of ``state`` and the next row in ``step``."""
-        result = advance(state, step)
-        _overwrite(state, _following(state, result))
-        step += 1
-        return result
-
-    def replay(self) -> StepOutput:
-        """Run the next step. Its tensors are overwritten by the one after."""
-        self.graph.replay()
-        return self.result
+    loop = SamplingLoop(
+        model, solver, seeds.numel(), shape,
+        device=seeds.device, guidance=guidance, dtype=dtype, x0_clamp=x0_clamp, x0_norm=x0_norm, steps=steps,
+    )  # fmt: skip
+    start = None if initial is None else initial.reshape(-1, *shape)
+    return loop(seeds.reshape(-1), start, callback).reshape(*seeds.shape, *shape)

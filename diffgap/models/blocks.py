@@ -15,9 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from diffgap.models.layers import Linear
 from diffgap.models.tokens import DenoiserConfig, sinusoidal_embedding
 from diffgap.ops.adaln import adaln
 from diffgap.ops.attention import attention
+from diffgap.ops.linear import swiglu
 
 #: Rows of modulation a block reads, in DiT's order: shift, scale, gate of the attention, then of the MLP.
 ROWS_PER_BLOCK = 6
@@ -28,8 +30,8 @@ class TimestepEmbedding(nn.Module):
 
     def __init__(self, width: int, frequencies: int = 256) -> None:
         super().__init__()
-        self.inner = nn.Linear(frequencies, width)
-        self.outer = nn.Linear(width, width)
+        self.inner = Linear(frequencies, width)
+        self.outer = Linear(width, width)
 
     def forward(self, t: Tensor) -> Tensor:
         waves = sinusoidal_embedding(t, self.inner.in_features).to(self.inner.weight.dtype)
@@ -46,12 +48,11 @@ class GatedMLP(nn.Module):
     def __init__(self, width: int, ratio: float) -> None:
         super().__init__()
         hidden = math.ceil(width * ratio / 8) * 8
-        self.gate_up = nn.Linear(width, 2 * hidden)
-        self.down = nn.Linear(hidden, width)
+        self.gate_up = Linear(width, 2 * hidden)
+        self.down = Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up(x).chunk(2, -1)
-        output: Tensor = self.down(F.silu(gate) * up)
+        output: Tensor = self.down(swiglu(x, self.gate_up.weight, self.gate_up.bias))
         return output
 
 
@@ -63,8 +64,34 @@ class Residual(NamedTuple):
     gate: Tensor | None = None
 
     def normed(self, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-        """The stream with its branch added, and its modulated layer norm."""
-        return adaln(self.x, self.branch, self.gate, shift, scale)
+        """The stream with its branch added, and its modulated layer norm.
+
+        ``shift`` and ``scale`` are (G, width), for G groups of consecutive samples; so is the gate.
+        """
+        batch, tokens, width = self.x.shape
+        groups = (len(shift), batch * tokens // max(len(shift), 1), width)  # those of a group in a row: a view
+        branch = None if self.branch is None else self.branch.reshape(groups)
+        y, h = adaln(self.x.reshape(groups), branch, self.gate, shift, scale)
+        return y.view_as(self.x), h.view_as(self.x)
+
+
+class Context(NamedTuple):
+    """Keys and values that tokens attend to beside their own.
+
+    Attributes:
+        keys_values: (B, room + M, 2, heads, width / heads).
+        room: Leading tokens whose memory is free for the attending tokens' own keys and values.
+    """
+
+    keys_values: Tensor
+    room: int = 0
+
+    def beside(self, own: Tensor) -> Tensor:
+        """``own`` (B, N, 2, heads, width / heads), then these: (B, N + M, ...); in place where there is room for it."""
+        if self.room and self.room == own.shape[1]:
+            self.keys_values[:, : self.room].copy_(own)
+            return self.keys_values
+        return torch.cat([own, self.keys_values[:, self.room :].to(own.dtype)], 1)
 
 
 class DiTBlock(nn.Module):
@@ -79,10 +106,10 @@ class DiTBlock(nn.Module):
     def __init__(self, config: DenoiserConfig) -> None:
         super().__init__()
         self.split = (config.heads, config.width // config.heads)
-        self.qkv = nn.Linear(config.width, 3 * config.width)
+        self.qkv = Linear(config.width, 3 * config.width)
         self.q_weight = nn.Parameter(torch.ones(self.split[1]))
         self.k_weight = nn.Parameter(torch.ones(self.split[1]))
-        self.out = nn.Linear(config.width, config.width)
+        self.out = Linear(config.width, config.width)
         self.mlp = GatedMLP(config.width, config.mlp_ratio)
         self.dropout = nn.Dropout(config.dropout)
 
@@ -91,22 +118,23 @@ class DiTBlock(nn.Module):
         stream: Residual,
         rows: Tensor,
         *,
-        context: tuple[Tensor, Tensor] | None = None,
+        context: Context | None = None,
         key_mask: Tensor | None = None,
     ) -> Residual:
         """Run the block.
 
         Args:
             stream: the residual stream, tokens (B, N, width).
-            rows: (B, 6, width) modulation, see :data:`ROWS_PER_BLOCK`.
-            context: keys and values (B, M, heads, width / heads) that the tokens attend to beside themselves.
+            rows: (G, 6, width) modulation, see :data:`ROWS_PER_BLOCK`: of each sample, or of groups of B / G
+                consecutive ones.
+            context: what the tokens attend to beside themselves.
             key_mask: (B, N + M) bool, True = attend.
         """
         attention_shift, attention_scale, attention_gate, mlp_shift, mlp_scale, mlp_gate = rows.unbind(1)
         x, h = stream.normed(attention_shift, attention_scale)
-        q, k, v = self.qkv(h).unflatten(-1, (3, *self.split)).unbind(2)
-        if context is not None:
-            k, v = (torch.cat([own, other.to(own.dtype)], 1) for own, other in zip((k, v), context, strict=True))
+        qkv = self.qkv(h).unflatten(-1, (3, *self.split))
+        q, own = qkv[:, :, 0], qkv[:, :, 1:]
+        k, v = (own if context is None else context.beside(own)).unbind(2)
         mixed = attention(q, k, v, q_weight=self.q_weight, k_weight=self.k_weight, key_mask=key_mask)
         stream = Residual(x, self.dropout(self.out(mixed.flatten(2))), attention_gate)
         x, h = stream.normed(mlp_shift, mlp_scale)

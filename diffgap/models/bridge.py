@@ -231,7 +231,8 @@ class DiffGAP(nn.Module, PyTorchModelHubMixin, library_name="diffgap", license="
             lengths: (B,) frames of a source sequence; all by default.
             callback: See :func:`diffgap.diffusion.sample`; called for every batch.
             batch_size: Samples drawn at a time.
-            cuda_graph: On a GPU, capture a step as a CUDA graph and replay it.
+            cuda_graph: On a GPU, record the loop as a CUDA graph for the first of several batches, and replay it for
+                the others; not with a callback.
             sources: One modality and its embeddings (B, D) or (B, T, D), as its encoder gives them.
 
         Returns:

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from diffgap.models.blocks import ROWS_PER_BLOCK, DiTBlock, Residual
+from diffgap.models.blocks import ROWS_PER_BLOCK, Context, DiTBlock, Residual
+from diffgap.models.layers import Linear
 from diffgap.models.tokens import DenoiserConfig, Tokenizer, modality_index
 
 
@@ -35,23 +36,34 @@ class EncodedCondition(NamedTuple):
     """What the denoiser needs of its conditions, the same at every timestep.
 
     Attributes:
-        keys_values: for each block, keys and values (B, N, heads, width / heads).
+        contexts: for each block, the keys and values of N tokens.
         mask: (B, N) bool, True = attend, or ``None``: all.
         sources: (B, modalities), 1 where the sample is conditioned on the modality; a row of zeros is
             unconditional.
     """
 
-    keys_values: tuple[tuple[Tensor, Tensor], ...]
+    contexts: tuple[Context, ...]
     mask: Tensor | None
     sources: Tensor
 
     def repeat(self, times: int) -> EncodedCondition:
         """Each sample ``times`` times in a row: several draws for one condition."""
         return EncodedCondition(
-            tuple((k.repeat_interleave(times, 0), v.repeat_interleave(times, 0)) for k, v in self.keys_values),
+            tuple(Context(kv.repeat_interleave(times, 0), room) for kv, room in self.contexts),
             None if self.mask is None else self.mask.repeat_interleave(times, 0),
             self.sources.repeat_interleave(times, 0),
         )
+
+    def with_room(self, tokens: int) -> EncodedCondition:
+        """A copy in which ``tokens`` target tokens can put their own keys and values; for calls without gradients."""
+
+        def grown(context: Context) -> Context:
+            batch, length, *rest = context.keys_values.shape
+            memory = context.keys_values.new_empty(batch, tokens + length, *rest)
+            memory[:, tokens:] = context.keys_values
+            return Context(memory, tokens)
+
+        return self._replace(contexts=tuple(grown(context) for context in self.contexts))
 
 
 class ConditionEncoder(nn.Module):
@@ -67,19 +79,19 @@ class ConditionEncoder(nn.Module):
         rows = torch.zeros(ROWS_PER_BLOCK * config.condition_depth + 2, config.width)
         rows[2:-2:3] = 1.0
         self.rows = nn.Parameter(rows)
-        self.keys_values = nn.Linear(config.width, 2 * config.depth * config.width)
+        self.keys_values = Linear(config.width, 2 * config.depth * config.width)
 
     def forward(self, conditions: Sequence[Condition], batch_size: int, drop: Tensor | None = None) -> EncodedCondition:
         """Encode ``conditions``; a sample with nothing present, or dropped, has one null token instead."""
         tokens, mask, sources = self._gather(conditions, batch_size, drop)
         stream = Residual(tokens)
-        *rows, final = self.rows.to(tokens.dtype).expand(batch_size, -1, -1).split(ROWS_PER_BLOCK, 1)
+        *rows, final = self.rows.to(tokens.dtype).unsqueeze(0).split(ROWS_PER_BLOCK, 1)
         for block, own_rows in zip(self.blocks, rows, strict=True):
             stream = block(stream, own_rows, key_mask=mask)
         _, h = stream.normed(*final.unbind(1))
         depth, heads, width = self.config.depth, self.config.heads, self.config.width
         per_block = self.keys_values(h).unflatten(-1, (depth, 2, heads, width // heads)).unbind(2)
-        return EncodedCondition(tuple((kv[:, :, 0], kv[:, :, 1]) for kv in per_block), mask, sources)
+        return EncodedCondition(tuple(Context(kv) for kv in per_block), mask, sources)
 
     def _gather(
         self, conditions: Sequence[Condition], batch_size: int, drop: Tensor | None

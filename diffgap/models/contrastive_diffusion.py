@@ -8,17 +8,17 @@ It works on what the heads give, unit vectors of one width (arXiv 2503.12131, "C
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from diffgap.diffusion import sampler
-from diffgap.diffusion.sampler import Callback, Guidance, Model
+from diffgap.diffusion.sampler import Callback, Guidance, SamplingLoop
 from diffgap.diffusion.scaling import EmbeddingScaler
 from diffgap.diffusion.solvers import build_solver
-from diffgap.models.denoiser import Condition, Denoiser, DenoiserConfig
+from diffgap.models.denoiser import Condition, Denoiser, DenoiserConfig, EncodedCondition, StepRows
 from diffgap.models.objective import DenoisingBatch, denoising_batches
 from diffgap.models.settings import BridgeSettings
 from diffgap.ops import q_sample
@@ -132,38 +132,77 @@ class ContrastiveDiffusion(nn.Module):
             seeds: (B, K) int64, one a sample.
             mask: (B, T) bool for a source sequence.
             batch_size: Samples drawn at a time.
-            cuda_graph: See :func:`diffgap.diffusion.sample`.
+            cuda_graph: On a GPU, record the loop for the first of several batches and replay it for the others.
         """
+        if cuda_graph and (callback is not None or z.device.type != "cuda"):
+            reason = f"z is on {z.device}" if callback is None else "a callback needs the host at every step"
+            raise ValueError(f"cuda_graph: {reason}; leave it False")
         table = build_solver(solver or self.settings.solver, self.schedule, steps or self.settings.sampling_steps)
         scale = self.settings.guidance_scale if guidance_scale is None else guidance_scale
         guidance = None if scale == 1 else Guidance(scale)
-        scaler, z = self.scaler(target), self.scaler(source).scale(z)
-        parts = [z.new_zeros(0, seeds.shape[1], *shape)]
-        for part in torch.arange(len(z), device=z.device).split(max(1, batch_size // seeds.shape[1])):
+        scaler, z, num_samples = self.scaler(target), self.scaler(source).scale(z), seeds.shape[1]
+        parts = torch.arange(len(z), device=z.device).split(max(1, batch_size // num_samples))
+        drawn = [z.new_zeros(0, num_samples, *shape)]
+        loop: SamplingLoop | None = None
+        for number, part in enumerate(parts):
             condition = Condition(z[part], self.modalities.index(source), None if mask is None else mask[part])
-            model = self._model(condition, target, seeds.shape[1], table.timesteps, both=guidance is not None)
-            drawn = sampler.sample(
-                model, table, seeds[part], shape,
-                guidance=guidance, x0_norm=scaler.radius, callback=callback, cuda_graph=cuda_graph,
-            )  # fmt: skip
-            parts.append(F.normalize(scaler.unscale(drawn), dim=-1))
-        return torch.cat(parts)
+            model = self._model(condition, target, num_samples, shape, table.timesteps, both=guidance is not None)
+            if loop is None or not cuda_graph or not cast(_PreparedDenoiser, loop.model).take_over(model):
+                loop = SamplingLoop(
+                    model, table, seeds[part].numel(), shape,
+                    device=z.device, guidance=guidance, x0_norm=scaler.radius,
+                )  # fmt: skip
+                if cuda_graph and number + 1 < len(parts):
+                    loop.capture()
+            result = loop(seeds[part].reshape(-1), callback=callback)
+            drawn.append(F.normalize(scaler.unscale(result.view(len(part), num_samples, *shape)), dim=-1))
+        return torch.cat(drawn)
 
-    def _model(self, condition: Condition, target: str, num_samples: int, timesteps: Tensor, *, both: bool) -> Model:
-        """The denoiser with all that does not depend on the sample computed once: conditions, and every step's rows.
-
-        With ``both`` it takes the conditional and then the unconditional branch in one batch.
-        """
+    def _model(
+        self,
+        condition: Condition,
+        target: str,
+        num_samples: int,
+        shape: tuple[int, ...],
+        timesteps: Tensor,
+        *,
+        both: bool,
+    ) -> _PreparedDenoiser:
+        """The denoiser for one batch; with ``both`` it takes the conditional and then the unconditional branch."""
         z, source, mask = condition
         drop = None
         if both:
             drop = torch.arange(2 * len(z), device=z.device) >= len(z)
             z, mask = torch.cat((z, z)), None if mask is None else torch.cat((mask, mask))
         encoded = self.denoiser.encode_condition([Condition(z, source, mask)], len(z), drop=drop).repeat(num_samples)
+        encoded = encoded.with_room(self.settings.tokens if len(shape) == 1 else shape[0])
         index = self.modalities.index(target)
         rows = self.denoiser.precompute(timesteps.to(z.device, z.dtype), index, encoded.sources)
+        return _PreparedDenoiser(self.denoiser, index, encoded, rows)
 
-        def model(sample: Tensor, step: int | Tensor) -> Tensor:
-            return self.denoiser.denoise(sample, index, rows.at(step), encoded)
 
-        return model
+@dataclass(frozen=True)
+class _PreparedDenoiser:
+    """The denoiser with all that does not depend on the sample computed once: conditions, and every step's rows."""
+
+    denoiser: Denoiser
+    target: int
+    encoded: EncodedCondition
+    rows: StepRows
+
+    def __call__(self, sample: Tensor, step: int) -> Tensor:
+        return self.denoiser.denoise(sample, self.target, self.rows.at(step), self.encoded)
+
+    def _tensors(self) -> list[Tensor | None]:
+        kept = [context.keys_values for context in self.encoded.contexts]
+        return [*kept, self.encoded.mask, self.encoded.sources, *self.rows]
+
+    def take_over(self, other: _PreparedDenoiser) -> bool:
+        """Copy what another batch of equal shapes has into the tensors here, where a CUDA graph reads it."""
+        pairs = list(zip(self._tensors(), other._tensors(), strict=True))
+        if any((a if a is None else a.shape) != (b if b is None else b.shape) for a, b in pairs):
+            return False
+        for mine, new in pairs:
+            if mine is not None and new is not None:
+                mine.copy_(new)
+        return True

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from diffgap.models.blocks import ROWS_PER_BLOCK, DiTBlock, Residual, TimestepEmbedding
 from diffgap.models.condition import Condition, ConditionEncoder, EncodedCondition
+from diffgap.models.layers import Linear
 from diffgap.models.tokens import DenoiserConfig, Kind, TokenHead, Tokenizer, modality_index
 
 __all__ = ["Condition", "Denoiser", "DenoiserConfig", "EncodedCondition", "StepRows"]
@@ -25,18 +26,19 @@ class StepRows(NamedTuple):
 
     Attributes:
         rows: (S, P, R, width), for P distinct directions.
-        direction: (B,) int64, the direction of each sample.
+        direction: (B,) int64, the direction of each sample; ``None`` if they are P equal groups, in order.
     """
 
     rows: Tensor
-    direction: Tensor
+    direction: Tensor | None
 
     def at(self, step: int | Tensor) -> Tensor:
-        """(B, R, width), the modulation of one step; a 0-d tensor selects it without leaving its device."""
+        """The modulation of one step, (B, R, width) or (P, R, width).
+
+        A tensor of one element selects the step without leaving its device.
+        """
         rows = self.rows[step] if isinstance(step, int) else self.rows.index_select(0, step.reshape(1)).squeeze(0)
-        if len(rows) == 1:
-            return rows.expand(len(self.direction), -1, -1)
-        return rows.index_select(0, self.direction)
+        return rows if self.direction is None else rows.index_select(0, self.direction)
 
 
 class Denoiser(nn.Module):
@@ -55,7 +57,7 @@ class Denoiser(nn.Module):
         self.time = TimestepEmbedding(config.width)
         self.target = nn.Embedding(len(config.kinds), config.width)
         self.source = nn.Embedding(len(config.kinds), config.width)
-        self.rows = nn.Linear(config.width, (ROWS_PER_BLOCK * config.depth + 2) * config.width)
+        self.rows = Linear(config.width, (ROWS_PER_BLOCK * config.depth + 2) * config.width)
         self.blocks = nn.ModuleList(DiTBlock(config) for _ in range(config.depth))
         self.head = TokenHead(config)
         self._initialise()
@@ -140,7 +142,12 @@ class Denoiser(nn.Module):
         steps, count = len(timesteps), len(directions)
         pairs = directions.repeat(steps, 1)  # (S * P, 1 + modalities)
         rows = self.modulation(timesteps.repeat_interleave(count), pairs[:, 0].long(), pairs[:, 1:])
-        return StepRows(rows.unflatten(0, (steps, count)), inverse)
+        rows = rows.unflatten(0, (steps, count))
+        if len(inverse) and len(inverse) % count == 0:
+            groups = inverse.view(count, -1)
+            if bool((groups == groups[:, :1]).all()):
+                return StepRows(rows[:, groups[:, 0]], None)
+        return StepRows(rows, inverse)
 
     def denoise(
         self,
@@ -151,13 +158,18 @@ class Denoiser(nn.Module):
         *,
         mask: Tensor | None = None,
     ) -> Tensor:
-        """The prediction from modulation ``rows`` and an ``encoded`` condition; else as :meth:`forward`."""
-        self._check("noisy", noisy, target, mask, len(rows))
+        """The prediction from modulation ``rows`` and an ``encoded`` condition; else as :meth:`forward`.
+
+        ``rows`` are those of each sample, or of groups of equally many consecutive samples.
+        """
+        self._check("noisy", noisy, target, mask, len(encoded.sources))
+        if len(noisy) % max(len(rows), 1):
+            raise ValueError(f"rows has {len(rows)} groups; pass a number that divides the {len(noisy)} samples")
         tokens = self.tokens(noisy, target, mask)
         stream = Residual(tokens)
         *block_rows, final = rows.split(ROWS_PER_BLOCK, 1)
         key_mask = _joint_mask(tokens, mask, encoded)
-        for block, own_rows, context in zip(self.blocks, block_rows, encoded.keys_values, strict=True):
+        for block, own_rows, context in zip(self.blocks, block_rows, encoded.contexts, strict=True):
             stream = block(stream, own_rows, context=context, key_mask=key_mask)
         _, h = stream.normed(*final.unbind(1))
         output: Tensor = self.head(h, pooled=noisy.ndim == 2)
@@ -186,8 +198,9 @@ def _joint_mask(tokens: Tensor, mask: Tensor | None, encoded: EncodedCondition) 
     """The key mask over [target tokens | condition tokens], or ``None`` where nothing is hidden."""
     if mask is None and encoded.mask is None:
         return None
-    context, _ = encoded.keys_values[0]
+    context = encoded.contexts[0]
     own = tokens.new_ones(1, 1, dtype=torch.bool) if mask is None else mask
     own = own if own.ndim == 2 else own.unsqueeze(1)
-    other = tokens.new_ones(context.shape[:2], dtype=torch.bool) if encoded.mask is None else encoded.mask
+    length = context.keys_values.shape[1] - context.room
+    other = tokens.new_ones(len(tokens), length, dtype=torch.bool) if encoded.mask is None else encoded.mask
     return torch.cat([own.expand(tokens.shape[:2]), other], 1)

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from diffgap.models.layers import Linear
+
 _OVERSAMPLING = 32
 _ITERATIONS = 8
 
@@ -32,9 +34,7 @@ class ProjectionHead(nn.Module):
         self.register_buffer("std", torch.ones(()))
         self.dropout = nn.Dropout(dropout)
         self.project: nn.Module = (
-            nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, width))
-            if hidden
-            else nn.Linear(dim, width)
+            nn.Sequential(Linear(dim, hidden), nn.GELU(), Linear(hidden, width)) if hidden else Linear(dim, width)
         )
 
     def fit(self, x: Tensor) -> None:

@@ -11,6 +11,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from diffgap.models.layers import Linear
+
 Kind = Literal["vector", "sequence"]
 
 
@@ -93,10 +95,10 @@ class Tokenizer(nn.Module):
         self.split = (config.tokens_per_vector, config.embedding_dim // config.tokens_per_vector)
         self.modality = nn.Embedding(len(config.kinds), config.width)
         if "vector" in config.kinds:
-            self.vector = nn.Linear(self.split[1], config.width)
+            self.vector = Linear(self.split[1], config.width)
             self.positions = nn.Parameter(torch.randn(config.tokens_per_vector, config.width) * 0.02)
         if "sequence" in config.kinds:
-            self.sequence = nn.Linear(config.embedding_dim, config.width)
+            self.sequence = Linear(config.embedding_dim, config.width)
 
     def forward(self, embedding: Tensor, modality: int | Tensor, mask: Tensor | None = None) -> Tensor:
         """Tokenise; zeros are read where ``mask``, (B,) or (B, T), is False."""
@@ -119,9 +121,9 @@ class TokenHead(nn.Module):
     def __init__(self, config: DenoiserConfig) -> None:
         super().__init__()
         if "vector" in config.kinds:
-            self.vector = nn.Linear(config.width, config.embedding_dim // config.tokens_per_vector)
+            self.vector = Linear(config.width, config.embedding_dim // config.tokens_per_vector)
         if "sequence" in config.kinds:
-            self.sequence = nn.Linear(config.width, config.embedding_dim)
+            self.sequence = Linear(config.width, config.embedding_dim)
 
     def forward(self, tokens: Tensor, *, pooled: bool) -> Tensor:
         output: Tensor = self.vector(tokens).flatten(1) if pooled else self.sequence(tokens)

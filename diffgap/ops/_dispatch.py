@@ -113,6 +113,11 @@ def choose(op: str, tensor: Tensor) -> Route:
     return "eager"
 
 
+def prefers(op: str, tensor: Tensor) -> bool:
+    """Whether to take a kernel of another library, for what has none here; never raises, as :func:`choose` may."""
+    return _mode != "eager" and _obstacle(op, tensor.device.type, tensor.dtype) is None
+
+
 def explain() -> list[Choice]:
     """The backend each op takes on this machine for float32 inputs, per device present, and the reason."""
     devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]

@@ -83,9 +83,9 @@ def normal_reference(seed: Tensor, count: int, steps: Tensor | None, step: int, 
     """Eager definition of :func:`normal` for ``count`` elements per sample: float32 (B, count)."""
     block = torch.arange((count + 3) // 4, device=seed.device)
     low, high = _split(block)
-    step_word = (seed.new_tensor(step) if steps is None else steps)[..., None] & _MASK
+    step_word = (seed.new_full((), step) if steps is None else steps)[..., None] & _MASK
     key_low, key_high = _split(seed[:, None])
-    words = philox4x32((low, high, step_word, seed.new_tensor(stream)), (key_low, key_high))
+    words = philox4x32((low, high, step_word, seed.new_full((), stream)), (key_low, key_high))
     lanes = (*_box_muller(words[0], words[1]), *_box_muller(words[2], words[3]))
     return torch.stack(lanes, dim=-1).reshape(seed.shape[0], 4 * block.shape[0])[:, :count]
 

@@ -6,8 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from diffgap.diffusion import Guidance, NoiseSchedule, SolverTable, build_solver, sample
-from diffgap.diffusion.sampler import _Captured, _State
+from diffgap.diffusion import Guidance, NoiseSchedule, SamplingLoop, SolverTable, build_solver, sample
 from diffgap.ops.random import normal
 from diffgap.ops.solver_step import StepOutput, solver_step
 
@@ -19,7 +18,7 @@ def table(name: str = "unipc", steps: int = 5, **options: Any) -> SolverTable:
     return build_solver(name, NoiseSchedule("scaled_linear", prediction_type="sample"), steps, **options)
 
 
-def model(x: Tensor, step: int | Tensor) -> Tensor:
+def model(x: Tensor, step: int) -> Tensor:
     return torch.tanh(x.roll(1, -1) + 0.1 * step)
 
 
@@ -60,16 +59,16 @@ def test_sample_guides_in_one_batch(form: Any) -> None:
     solver = table("dpmpp", 4)
     sizes: list[int] = []
 
-    def conditional(x: Tensor, step: int | Tensor) -> Tensor:
+    def conditional(x: Tensor, step: int) -> Tensor:
         return torch.tanh(x + 1)
 
-    def both(x: Tensor, step: int | Tensor) -> Tensor:
+    def both(x: Tensor, step: int) -> Tensor:
         sizes.append(len(x))
         halves = x.chunk(2)
         assert torch.equal(*halves)
         return torch.cat((conditional(halves[0], step), torch.tanh(halves[1])))
 
-    def by_hand(x: Tensor, step: int | Tensor) -> Tensor:
+    def by_hand(x: Tensor, step: int) -> Tensor:
         yes, no = conditional(x, step), torch.tanh(x)
         return (no if form == "standard" else yes) + 2.5 * (yes - no)
 
@@ -129,33 +128,40 @@ def test_sample_takes_an_empty_batch_and_leaves_no_graph() -> None:
 
 
 @pytest.mark.parametrize("name", ["ddim", "sde_dpmpp", "dpmpp", "unipc"])
-def test_captured_step_rotates_its_buffers(name: str) -> None:
-    """What a CUDA graph replays, run without one: the same samples from fixed buffers and a counter tensor."""
+@pytest.mark.parametrize("guidance", [None, Guidance(2.0, rescale=0.5)])
+def test_steps_in_place_equal_steps_into_new_memory(name: str, guidance: Guidance | None) -> None:
     solver = table(name, 7, **({"order": 3} if name in ("dpmpp", "unipc") else {}))
     seeds = torch.arange(4)
-    start = normal(seeds, SHAPE)
+    x = last_sample = normal(seeds, SHAPE, dtype=torch.float64)
+    history = [torch.zeros_like(x)] * solver.history
+    for step in range(len(solver)):
+        options: dict[str, Any] = {"last_sample": last_sample if solver.corrects else None}
+        conditional = model(x, step)
+        if guidance is not None:
+            options |= {"unconditional": conditional, "guidance_scale": 2.0, "guidance_rescale": 0.5}
+        result = solver_step(x, conditional, solver.coefficients, step, history=history, seed=seeds, **options)
+        x, last_sample = result.sample, result.corrected
+        history = [result.x0, *history][: solver.history]
+    found = sample(model, solver, seeds, SHAPE, guidance=guidance, dtype=torch.float64)
+    torch.testing.assert_close(found, x, rtol=1e-12, atol=1e-12)
 
-    def advance(state: _State, step: Tensor) -> StepOutput:
-        return solver_step(
-            state.sample,
-            model(state.sample, step),
-            solver.coefficients,
-            step.expand(4),
-            last_sample=state.last_sample,
-            history=state.history,
-            seed=seeds,
-        )
 
-    state = _State(
-        start.clone(),
-        start.clone() if solver.corrects else None,
-        tuple(torch.zeros_like(start) for _ in range(solver.history)),
-    )
-    step = torch.zeros(1, dtype=torch.int64)
-    for _ in range(len(solver)):
-        _Captured.advance_in_place(advance, state, step)
-    assert step.item() == len(solver)
-    torch.testing.assert_close(state.sample, sample(model, solver, seeds, SHAPE), rtol=1e-6, atol=1e-6)
+@pytest.mark.parametrize("name", ["sde_dpmpp", "unipc"])
+def test_a_loop_forgets_the_batch_before(name: str) -> None:
+    solver, seeds = table(name), torch.arange(3)
+    loop = SamplingLoop(model, solver, 3, SHAPE, device=seeds.device)
+    expected = sample(model, solver, seeds, SHAPE)
+    loop(seeds + 7, torch.full((3, *SHAPE), torch.nan))
+    assert torch.equal(loop(seeds), expected)
+    assert torch.equal(loop(seeds, callback=lambda step, _: step == 2), sample(model, solver, seeds, SHAPE, steps=3))
+
+
+def test_callbacks_may_keep_what_they_get() -> None:
+    solver, seeds, kept = table(), torch.arange(3), []
+    sample(model, solver, seeds, SHAPE, callback=lambda _, result: kept.append(result))
+    for steps, result in enumerate(kept[:-1], 1):
+        assert torch.equal(result.x0, sample(model, solver, seeds, SHAPE, steps=steps))
+    assert torch.equal(kept[-1].sample, sample(model, solver, seeds, SHAPE))
 
 
 @pytest.mark.parametrize(
@@ -165,11 +171,10 @@ def test_captured_step_rotates_its_buffers(name: str) -> None:
         ({"steps": 6}, ValueError, "steps is 6"),
         ({"seeds": torch.arange(3.0)}, TypeError, "seeds is torch.float32; give int64"),
         ({"initial": torch.ones(3, 5)}, ValueError, r"initial is \(3, 5\); it must be \(3, 6\)"),
-        ({"cuda_graph": True}, ValueError, "cuda_graph: the seeds are on cpu"),
     ],
 )
 def test_sample_refuses_before_any_work(options: dict[str, Any], error: type[Exception], message: str) -> None:
-    def untouched(x: Tensor, step: int | Tensor) -> Tensor:
+    def untouched(x: Tensor, step: int) -> Tensor:
         raise AssertionError("the network was called")
 
     with pytest.raises(error, match=message):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from diffgap.models.blocks import ROWS_PER_BLOCK, DiTBlock, GatedMLP, Residual, TimestepEmbedding
+from diffgap.models.blocks import ROWS_PER_BLOCK, Context, DiTBlock, GatedMLP, Residual, TimestepEmbedding
 from diffgap.models.tokens import DenoiserConfig, Tokenizer, sinusoidal_embedding
 from tests.helpers import assert_close_to_oracle
 
@@ -46,13 +46,13 @@ def test_gated_mlp() -> None:
     torch.testing.assert_close(module(x), module.down(F.silu(gate) * up))
 
 
-def _plain_block(block: DiTBlock, x: Tensor, rows: Tensor, context: tuple[Tensor, Tensor] | None) -> Tensor:
+def _plain_block(block: DiTBlock, x: Tensor, rows: Tensor, context: Tensor | None) -> Tensor:
     """The block from torch's own functions, one operation at a time, its residual added."""
     shift1, scale1, gate1, shift2, scale2, gate2 = rows.unsqueeze(2).unbind(1)
     h = F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale1) + shift1
     q, k, v = (t.unflatten(-1, block.split) for t in block.qkv(h).chunk(3, -1))
     if context is not None:
-        k, v = torch.cat([k, context[0]], 1), torch.cat([v, context[1]], 1)
+        k, v = (torch.cat([own, other], 1) for own, other in zip((k, v), context.unbind(2), strict=True))
     q, k = (F.rms_norm(t, t.shape[-1:], w, 1e-6) for t, w in ((q, block.q_weight), (k, block.k_weight)))
     mixed = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
     x = x + gate1 * block.out(mixed.transpose(1, 2).flatten(2))
@@ -66,11 +66,37 @@ def test_dit_block_is_the_textbook_block(context: bool) -> None:
     block = DiTBlock(CONFIG).double()
     torch.nn.init.normal_(block.q_weight)
     x, rows = torch.randn(3, 5, 16).double(), torch.randn(3, ROWS_PER_BLOCK, 16).double()
-    keys_values = (torch.randn(3, 4, 2, 8).double(), torch.randn(3, 4, 2, 8).double()) if context else None
-    stream = block(Residual(x), rows, context=keys_values)
+    keys_values = torch.randn(3, 4, 2, 2, 8).double() if context else None
+    stream = block(Residual(x), rows, context=None if keys_values is None else Context(keys_values))
     assert_close_to_oracle(
         stream.x + stream.gate.unsqueeze(1) * stream.branch, _plain_block(block, x, rows, keys_values)
     )
+
+
+def test_context_with_room_holds_the_tokens_own_keys() -> None:
+    own, others = torch.randn(3, 5, 2, 2, 8), torch.randn(3, 4, 2, 2, 8)
+    roomy = Context(torch.cat([torch.full_like(own, torch.nan), others], 1), room=5)
+    joined = roomy.beside(own)
+    assert joined is roomy.keys_values
+    assert torch.equal(joined, Context(others).beside(own))
+    # Other numbers of tokens are copied.
+    assert torch.equal(roomy.beside(own[:, :2]), torch.cat([own[:, :2], others], 1))
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_dit_block_takes_rows_of_groups(groups: int) -> None:
+    """Rows that consecutive samples share, given once, and each sample's own: the same result and gradients."""
+    torch.manual_seed(0)
+    block = DiTBlock(CONFIG).double()
+    x = torch.randn(4, 5, 16).double()
+    shared = torch.randn(groups, ROWS_PER_BLOCK, 16).double().requires_grad_()
+    results = []
+    for rows in (shared, shared.repeat_interleave(4 // groups, 0)):
+        stream = block(block(Residual(x), rows), rows)
+        total = (stream.x.sin() + stream.branch).sum()
+        results.append((stream.x, stream.branch, *torch.autograd.grad(total, (shared, *block.parameters()))))
+    for grouped, own in zip(*results, strict=True):
+        torch.testing.assert_close(grouped, own, rtol=1e-10, atol=1e-10)
 
 
 def test_dit_block_adds_the_pending_branch_first() -> None:

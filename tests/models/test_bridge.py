@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 import math
 from pathlib import Path
 from typing import Any
@@ -169,6 +170,31 @@ def test_sample_equals_the_plain_loop(guidance: float) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
+def test_a_prepared_denoiser_takes_over_another_batch() -> None:
+    """What a CUDA graph reads: the first batch's tensors, with what the second one has in them."""
+    from diffgap.models.denoiser import Condition
+
+    bridge = make().eval()
+    z = torch.randn(3, 4, 16, generator=torch.Generator().manual_seed(1))
+    prepare = functools.partial(
+        bridge.diffusion._model,
+        target="audio",
+        num_samples=2,
+        shape=(16,),
+        timesteps=torch.tensor([9.0, 4.0]),
+        both=True,
+    )
+    with torch.no_grad():
+        first, second, smaller = (prepare(Condition(x, 1)) for x in (z[0], z[1], z[2, :3]))
+        noisy = torch.randn(16, 16)
+        expected = second(noisy, 1)
+        assert not torch.allclose(first(noisy, 1), expected)
+        assert first.take_over(second)
+        assert torch.equal(first(noisy, 1), expected)
+        assert not first.take_over(smaller)
+        assert torch.equal(first(noisy, 1), expected)
+
+
 @pytest.mark.parametrize("log_scale", [0.5, 9.0])
 def test_contrastive_loss_is_the_mean_over_pairs(log_scale: float) -> None:
     """Against the definition in float64: positives by id, both directions, the scale held to 100."""
@@ -293,7 +319,7 @@ def test_folder_without_configuration(tmp_path: Path) -> None:
         (lambda b: b.sample("audio", audio=torch.zeros(1, 12)), "source and target are both 'audio'"),
         (lambda b: b.sample("audio", text=torch.zeros(1, 10), num_samples=0), "num_samples is 0"),
         (lambda b: b.sample("audio", text=torch.zeros(1, 10), solver="rk9"), "solver 'rk9' does not exist"),
-        (lambda b: b.sample("audio", text=torch.zeros(1, 10), cuda_graph=True), "cuda_graph: the seeds are on cpu"),
+        (lambda b: b.sample("audio", text=torch.zeros(1, 10), cuda_graph=True), "cuda_graph: z is on cpu"),
         (lambda b: b.score(text=torch.zeros(1, 10)), "score takes two modalities"),
         (lambda b: b.fit({"text": torch.zeros(3, 10)}), r"fit needs paired rows of audio, image, text; got text"),
         (lambda b: DiffGAP({"text": 3}), "modalities has 1 entries"),

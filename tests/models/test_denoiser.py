@@ -135,8 +135,23 @@ def test_precompute_equals_modulation(mixed: bool) -> None:
     assert steps.rows.shape[:2] == (3, 3 if mixed else 1)
     for step, t in enumerate(timesteps):
         expected = denoiser.modulation(t.expand(4), target, sources)
-        assert_close_to_oracle(steps.at(step), expected)
-        assert_close_to_oracle(steps.at(torch.tensor(step)), expected)
+        for index in (step, torch.tensor(step)):
+            rows = steps.at(index)
+            assert len(rows) == (4 if mixed else 1)
+            assert_close_to_oracle(rows.repeat_interleave(4 // len(rows), 0), expected)
+
+
+def test_precompute_finds_equal_groups() -> None:
+    denoiser = trained()
+    text = batch()[1]
+    timesteps = torch.tensor([999, 500, 1])
+    for drop, groups in (([False, False, True, True], 2), ([True, True, False, False], 2), ([True, False] * 2, 4)):
+        sources = denoiser.encode_condition([Condition(text, TEXT)], 4, drop=torch.tensor(drop)).sources
+        steps = denoiser.precompute(timesteps, AUDIO, sources)
+        rows = steps.at(1)
+        assert len(rows) == groups
+        expected = denoiser.modulation(timesteps[1].expand(4), AUDIO, sources)
+        assert_close_to_oracle(rows.repeat_interleave(4 // groups, 0), expected)
 
 
 def test_condition_padding_has_no_influence() -> None:
