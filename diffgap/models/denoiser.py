@@ -137,11 +137,14 @@ class Denoiser(nn.Module):
     def precompute(self, timesteps: Tensor, target: int | Tensor, sources: Tensor) -> StepRows:
         """:meth:`modulation` at each of ``timesteps`` (S,), computed once for each distinct direction."""
         target = modality_index(target, len(sources), sources.device)
-        keys = torch.cat([target.unsqueeze(1).to(sources.dtype), sources], 1)
-        directions, inverse = keys.unique(dim=0, return_inverse=True)
+        # A direction as one integer: a bit for each source, the target above them.
+        bits = torch.arange(sources.shape[1], device=sources.device)
+        codes = (target << len(bits)) + (sources.long() << bits).sum(1)
+        directions, inverse = codes.unique(return_inverse=True)
         steps, count = len(timesteps), len(directions)
-        pairs = directions.repeat(steps, 1)  # (S * P, 1 + modalities)
-        rows = self.modulation(timesteps.repeat_interleave(count), pairs[:, 0].long(), pairs[:, 1:])
+        every = directions.repeat(steps)
+        given = (every.unsqueeze(1) >> bits & 1).to(sources.dtype)
+        rows = self.modulation(timesteps.repeat_interleave(count), every >> len(bits), given)
         rows = rows.unflatten(0, (steps, count))
         if len(inverse) and len(inverse) % count == 0:
             groups = inverse.view(count, -1)
