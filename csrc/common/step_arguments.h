@@ -58,13 +58,7 @@ inline StepArguments checked(StepArguments a) {
     STD_TORCH_CHECK(same_device(**index, sample), name, ": expected the sample's device");
   }
 
-  STD_TORCH_CHECK(a.table.dim() == 2 && a.table.size(1) == kStepColumns && same_device(a.table, sample),
-                  "table: expected (S, ", kStepColumns, ") on the sample's device");
-  const ScalarType wide = a.table.scalar_type();
-  if (wide != ScalarType::Double && wide != ScalarType::Float) {
-    a.table = torch::stable::to(a.table, std::optional<ScalarType>(ScalarType::Double));
-  }
-  a.table = dense(a.table);
+  a.table = checked_table(a.table, kStepColumns, sample);
   if (!a.steps) check_row("step", a.step, a.table.size(0));
 
   STD_TORCH_CHECK(std::isfinite(a.guidance_scale), "guidance_scale: must be finite");

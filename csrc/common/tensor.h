@@ -44,6 +44,16 @@ inline void check_index(const char* name, const Tensor& index, int64_t samples) 
                   ": expected int64 of shape (", samples, ",)");
 }
 
+// Coefficients, a row for each of something, in float64 or float32 and in memory without gaps; checked.
+inline Tensor checked_table(const Tensor& table, int64_t columns, const Tensor& like) {
+  const ScalarType dtype = table.scalar_type();
+  const bool wide = dtype == ScalarType::Double || dtype == ScalarType::Float;
+  STD_TORCH_CHECK(table.dim() == 2 && table.size(1) == columns && same_device(table, like) &&
+                      (wide || dtype == ScalarType::Half || dtype == ScalarType::BFloat16),
+                  "table: expected floating-point of ", columns, " columns on the device of the samples");
+  return dense(wide ? table : torch::stable::to(table, std::optional<ScalarType>(ScalarType::Double)));
+}
+
 inline void check_row(const char* name, int64_t row, int64_t rows) {
   STD_TORCH_CHECK(row >= 0 && row < rows, name, ": values must lie in [0, ", rows, "), got ", row);
 }

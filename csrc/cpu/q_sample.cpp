@@ -7,16 +7,22 @@
 namespace diffgap {
 namespace {
 
-// The rows of all samples.
-std::vector<NoisingRow> noising_rows(const Tensor& t, const Tensor& table, int64_t samples, int64_t target) {
+template <typename Coefficient>
+NoisingRow noising_row_of(const Tensor& table, int64_t row, int64_t target) {
+  const Coefficient* coefficients = data_of<Coefficient>(table) + 2 * row;
+  return noising_row(static_cast<float>(coefficients[0]), static_cast<float>(coefficients[1]), target);
+}
+
+// The rows of all samples of `x`.
+std::vector<NoisingRow> noising_rows(const Tensor& t, const Tensor& table_in, const Tensor& x, int64_t target) {
   STD_TORCH_CHECK(target >= 0 && target < kTargets, "target: unknown index ", target);
-  const Tensor indices = index_of("t", t, samples), wide = table_of(table, 2);
+  const Tensor table = checked_table(table_in, 2, x), indices = index_of("t", t, x.size(0));
   const int64_t* index = data_of<int64_t>(indices);
-  std::vector<NoisingRow> rows(samples);
-  for (int64_t i = 0; i < samples; ++i) {
-    check_row("t", index[i], wide.size(0));
-    const double* coefficients = data_of<double>(wide) + 2 * index[i];
-    rows[i] = noising_row(static_cast<float>(coefficients[0]), static_cast<float>(coefficients[1]), target);
+  const auto row_of = table.scalar_type() == ScalarType::Double ? noising_row_of<double> : noising_row_of<float>;
+  std::vector<NoisingRow> rows(x.size(0));
+  for (size_t i = 0; i < rows.size(); ++i) {
+    check_row("t", index[i], table.size(0));
+    rows[i] = row_of(table, index[i], target);
   }
   return rows;
 }
@@ -34,9 +40,9 @@ struct ForwardArgs {
 
 template <int lanes, typename T>
 DIFFGAP_HD void noise_elements(const ForwardArgs<T>& a, const NoisingRow& row, const float* drawn, int64_t at) {
-  const Lanes<lanes> clean = load<lanes>(a.x0 + at), noise = load<lanes>(drawn);
+  const Values<lanes> clean = load<lanes>(a.x0 + at), noise = load<lanes>(drawn);
   store<lanes>(a.x_t + at, row.alpha * clean + row.sigma * noise);
-  store<lanes>(a.target + at, row.clean * clean + row.noisy * noise);
+  store<lanes>(a.target + at, noising_target(row, clean, noise));
   if (a.noise) store<lanes>(a.noise + at, noise);
 }
 
@@ -62,7 +68,7 @@ struct ForwardTiles {
 std::tuple<Tensor, Tensor, Tensor> q_sample(const Tensor& x0, const Tensor& t, const Tensor& table,
                                             const Tensor& seed, int64_t target, bool return_noise) {
   const TileGrid grid{x0.size(0), elements_per_sample(x0)};
-  const std::vector<NoisingRow> rows = noising_rows(t, table, grid.samples, target);
+  const std::vector<NoisingRow> rows = noising_rows(t, table, x0, target);
   const Tensor seeds = index_of("seed", seed, grid.samples), clean = dense(x0);
   const Tensor x_t = new_like(clean), wanted = new_like(clean);
   const Tensor noise =
@@ -116,7 +122,7 @@ struct BackwardTiles {
 Tensor q_sample_backward(const Tensor& grad_x_t, const Tensor& grad_target, const Tensor& t,
                          const Tensor& table, int64_t target) {
   const TileGrid grid{grad_x_t.size(0), elements_per_sample(grad_x_t)};
-  const std::vector<NoisingRow> rows = noising_rows(t, table, grid.samples, target);
+  const std::vector<NoisingRow> rows = noising_rows(t, table, grad_x_t, target);
   const Tensor from_x_t = dense(grad_x_t);
   const Tensor from_target = dense(grad_target);
   const Tensor grad_x0 = new_like(from_x_t);

@@ -225,11 +225,12 @@ void solver_step(const StepArguments& a, const StepResults& results) {
   const auto packed = [](const std::optional<Tensor>& x) { return x ? std::optional(dense(*x)) : std::nullopt; };
   const std::optional<Tensor> steps = packed(a.steps), seeds = packed(a.seed);
   const int64_t* own_steps = data_or_null<int64_t>(steps);
+  const auto row_of = a.table.scalar_type() == ScalarType::Double ? step_row<double> : step_row<float>;
   std::vector<StepRow> rows(steps ? grid.samples : 1);
   for (size_t i = 0; i < rows.size(); ++i) {
     const int64_t row = own_steps ? own_steps[i] : a.step;
     check_row("step", row, a.table.size(0));
-    rows[i] = a.table.scalar_type() == ScalarType::Double ? step_row<double>(a.table, row) : step_row<float>(a.table, row);
+    rows[i] = row_of(a.table, row);
     check_terms(rows[i], a);
   }
   std::vector<float> factors(a.rescaled() ? grid.samples : 0);

@@ -20,15 +20,6 @@ inline Tensor zeros_of(const Tensor& like, ScalarType dtype) {
   return torch::stable::new_zeros(like, like.sizes(), dtype);
 }
 
-// The table as contiguous float64 with this many columns.
-inline Tensor table_of(const Tensor& table, int64_t columns) {
-  STD_TORCH_CHECK(table.dim() == 2 && table.size(1) == columns, "table: expected ", columns, " columns");
-  const Tensor wide = table.scalar_type() == ScalarType::Double
-                          ? table
-                          : torch::stable::to(table, std::optional<ScalarType>(ScalarType::Double));
-  return dense(wide);
-}
-
 // A contiguous int64 tensor (samples,), checked.
 inline Tensor index_of(const char* name, const Tensor& index, int64_t samples) {
   check_index(name, index, samples);

@@ -53,8 +53,6 @@ class StepOutput(NamedTuple):
 
 
 def _check_tensors(sample: Tensor, others: dict[str, Tensor | None]) -> None:
-    if not sample.is_floating_point():
-        raise TypeError(f"sample: expected a floating-point tensor, got {sample.dtype}")
     if sample.dim() < 1:
         raise ValueError("sample: expected shape (B, ...), got a scalar")
     for name, tensor in others.items():
@@ -77,6 +75,8 @@ def _check_table(sample: Tensor, table: Tensor, step: int | Tensor) -> None:
         raise ValueError(f"table: is on {table.device}, sample on {sample.device}; move it with .to()")
     if isinstance(step, Tensor):
         check_index("step", step, sample.shape[0], sample.device, table.shape[0])
+    elif not isinstance(step, int):
+        raise TypeError(f"step: expected an int or an int64 tensor, got {type(step).__name__}")
     elif not 0 <= step < table.shape[0]:
         raise ValueError(f"step: must lie in [0, {table.shape[0]}), the rows of the table; got {step}")
 
@@ -160,6 +160,8 @@ def _overlap(x: Tensor, y: Tensor) -> bool:
 def check_out(out: Out, *arguments: Any) -> None:
     """Raise one error unless results can go to ``out``: to memory of their own, or to all that an argument has."""
     sample, output, _, _, _, unconditional, _, _, _, last_sample, *history = arguments[:13]
+    if len(out) != 3 or out[0] is None:
+        raise ValueError("out: expected (sample, x0, corrected), of which the latter two may be None")
     if out[2] is not None and last_sample is None:
         raise ValueError("out: a tensor for corrected is given, but no last_sample; pass None for it")
     results = [(name, x) for name, x in zip(StepOutput._fields, out, strict=True) if x is not None]

@@ -127,8 +127,6 @@ class _QSample(torch.autograd.Function):
 
 
 def _check(x0: Tensor, t: Tensor, table: Tensor, seed: Tensor) -> None:
-    if not x0.is_floating_point():
-        raise TypeError(f"x0: expected a floating-point tensor, got {x0.dtype}")
     if x0.dim() < 1:
         raise ValueError("x0: expected shape (B, ...), got a scalar")
     if not isinstance(table, Tensor) or not table.is_floating_point() or table.shape[1:] != (2,):
@@ -186,6 +184,8 @@ def q_sample(
     """
     if target not in TARGETS:
         raise ValueError(f"target: unknown {target!r}; use one of {', '.join(TARGETS)}")
+    if not x0.is_floating_point():
+        raise TypeError(f"x0: expected a floating-point tensor, got {x0.dtype}")
     arguments = (x0, t, table, seed, TARGETS.index(target))
     native = _dispatch.choose("q_sample", x0) == "native"
     if native and not torch.compiler.is_compiling():

@@ -163,7 +163,7 @@ def normal(
     Raises:
         TypeError: ``seed`` or ``step`` is of another type; ``dtype`` is not a floating-point type.
         ValueError: ``seed`` is not one-dimensional, ``step`` is of another shape or device or out of range,
-            or ``shape`` has a negative size.
+            ``stream`` is out of range, or ``shape`` has a negative size.
     """
     if not isinstance(seed, Tensor) or seed.dtype != torch.int64:
         raise TypeError("seed: expected an int64 tensor, one seed per sample; see sample_seeds()")
@@ -177,6 +177,8 @@ def normal(
         check_index("step", step, seed.shape[0], seed.device, 1 << 32)
     elif not 0 <= step < 1 << 32:
         raise ValueError(f"step: must lie in [0, 2**32), got {step}")
+    if not 0 <= stream < 1 << 32:
+        raise ValueError(f"stream: must lie in [0, 2**32), got {stream}")
     steps, first = (step, 0) if isinstance(step, Tensor) else (None, step)
     count = math.prod(shape)
     run = _normal if _dispatch.choose("normal", seed) == "native" else normal_reference

@@ -246,6 +246,8 @@ def solver_step(
         raise ValueError(f"history: at most {MAX_HISTORY} earlier predictions are used, got {len(history)}")
     if guidance_form not in _FORMS:
         raise ValueError(f"guidance_form: unknown {guidance_form!r}; use 'standard' or 'offset'")
+    if not sample.is_floating_point():
+        raise TypeError(f"sample: expected a floating-point tensor, got {sample.dtype}")
     h1, h2, h3 = (*history, None, None, None)[:MAX_HISTORY]
     steps, row = (step, 0) if isinstance(step, Tensor) else (None, step)
     offset_form = guidance_form == "offset"
@@ -274,6 +276,8 @@ _TERMS = (1, 5, 9, 10, 11, 12)
 def _run(arguments: tuple[Any, ...], out: Out | None, *, native: bool) -> StepOutput | Out:
     if out is not None:
         (_solver_step_out if native else _solver_step_out_default)(*arguments, *out)
+        # Nothing else tells autograd, which may have saved what was overwritten.
+        torch.autograd.graph.increment_version([x for x in out if x is not None])
         return out
     following, x0, corrected = (_solver_step if native else solver_step_reference)(*arguments)
     return StepOutput(following, x0, cast(Tensor, corrected) if arguments[9] is not None else arguments[0])

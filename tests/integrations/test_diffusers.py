@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import pickle
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -229,16 +229,20 @@ def test_timestep_known_to_the_device_only_is_the_row(name: str) -> None:
     assert worst(x, trajectory(theirs)) <= FLOAT32_RTOL
 
 
-@pytest.mark.parametrize("name", ONE_OF_EACH)
-@pytest.mark.parametrize("return_dict", [True, False])
-def test_step_compiles_whole(name: str, return_dict: bool) -> None:
+ONE_OF_EACH_CLASS = ("ddim_eta", "ddpm", "sde_2", "unipc_3", "flow_stochastic")
+COMPILED = [*product(ONE_OF_EACH, ["aot_eager"], [True, False]), *product(ONE_OF_EACH_CLASS, ["inductor"], [True])]
+
+
+@pytest.mark.parametrize(("name", "backend", "return_dict"), COMPILED)
+@torch._inductor.config.patch(fallback_random=True)  # draws eager's noise instead of inductor's own
+def test_step_compiles_whole(name: str, backend: str, return_dict: bool) -> None:
     scheduler, config, options = case(name)
     torch._dynamo.reset()
     mine, eager = (pair(scheduler, config, 8)[0] for _ in range(2))
     for each in (mine, eager):
         if hasattr(each, "set_begin_index"):
             each.set_begin_index(0)
-    compiled = torch.compile(mine.step, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(mine.step, fullgraph=True, backend=backend)
     x, *predicted = outputs(8)
     y = x
     for i, (t, output) in enumerate(zip(mine.timesteps, predicted, strict=True)):

@@ -11,10 +11,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from diffgap.ops import _dispatch
 from diffgap.ops._native import CPU_MISSING
-from diffgap.ops.random import normal, sample_seeds
+from diffgap.ops.random import STREAM_DRAW, normal, normal_reference, sample_seeds
 from tests.helpers import assert_close_to_oracle
 
 module = importlib.import_module("diffgap.ops.q_sample")
@@ -23,6 +24,7 @@ TARGETS: tuple[str, ...] = module.TARGETS
 
 needs_native = pytest.mark.skipif(CPU_MISSING is not None, reason=str(CPU_MISSING))
 ROUTES = ["reference", "registered", pytest.param("native", marks=needs_native)]
+LOW = [torch.float32, torch.float16, torch.bfloat16]
 
 
 def take(route: str, patch: pytest.MonkeyPatch) -> None:
@@ -78,7 +80,7 @@ def check(x0: Tensor, t: Tensor, table: Tensor, seed: Tensor, target: str) -> No
 
 
 @pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dtype", LOW)
 @pytest.mark.parametrize("size", [1, 7, 63, 100, 1000])
 def test_q_sample_matches_its_formula(route: str, target: str, dtype: torch.dtype, size: int) -> None:
     check(*inputs((3, size), dtype), target)
@@ -100,7 +102,7 @@ def test_q_sample_takes_empty_shapes(route: str, shape: tuple[int, ...]) -> None
 @pytest.mark.parametrize("name", ROUTES)
 def test_q_sample_any_combination(name: str, data: st.DataObject) -> None:
     shape = tuple(data.draw(st.lists(st.integers(0, 17), min_size=1, max_size=4), label="shape"))
-    dtype = data.draw(st.sampled_from([torch.float32, torch.float16, torch.bfloat16]), label="dtype")
+    dtype = data.draw(st.sampled_from(LOW), label="dtype")
     x0, t, table, seed = inputs(shape, dtype, seed=data.draw(st.integers(0, 99)))
     if data.draw(st.booleans(), label="strided"):
         x0 = x0.transpose(0, -1).contiguous().transpose(0, -1)
@@ -119,14 +121,44 @@ def test_q_sample_takes_strided_inputs(route: str) -> None:
         assert torch.equal(ours, expected)
 
 
-def test_q_sample_noise_is_that_of_normal_whatever_the_batch(route: str) -> None:
+def test_q_sample_takes_expanded_x0(route: str) -> None:
+    """Several noised copies of each sample, without copying it."""
+    x0, *_ = inputs((1, 3, 40))
+    _, t, table, seed = inputs((5, 3, 40))
+    check(x0.expand(5, 3, 40), t, table, seed, "v_prediction")
+
+
+def test_q_sample_noise_is_that_of_normal(route: str) -> None:
     x0, t, table, seed = inputs((5, 37))
-    x_t, _, noise = q_sample(x0, t, table, seed, return_noise=True)
+    noise = q_sample(x0, t, table, seed, return_noise=True)[2]
     with _dispatch.backend("eager"):
         torch.testing.assert_close(noise, normal(seed, (37,)), rtol=3e-7, atol=0)
-    for i in range(5):
-        alone, _ = q_sample(x0[i : i + 1], t[i : i + 1], table, seed[i : i + 1])
-        assert torch.equal(alone[0], x_t[i])
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("dtype", LOW)
+def test_q_sample_noise_is_recomputed_from_the_seed(route: str, dtype: torch.dtype, target: str) -> None:
+    """Returned or not, the noise is normal's to the bit, so that nobody has to keep it."""
+    x0, t, table, seed = inputs((6, 3, 101), dtype)
+    seed[4], t[4], t[0] = seed[0], 1, 0  # the timestep has no say
+    x_t, wanted, noise = q_sample(x0, t, table, seed, target, return_noise=True)
+    for kept, again in zip((x_t, wanted), q_sample(x0, t, table, seed, target), strict=True):
+        assert torch.equal(kept, again)
+    draw = torch.ops.diffgap.normal if route == "native" else normal_reference
+    assert torch.equal(noise, draw(seed, 303, None, 0, STREAM_DRAW).reshape(6, 3, 101).to(dtype))
+    assert torch.equal(noise[4], noise[0])
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("dtype", LOW)
+def test_q_sample_bits_of_a_sample_depend_on_nothing_else(route: str, dtype: torch.dtype, target: str) -> None:
+    """Any order of the batch, and any part of it."""
+    x0, t, table, seed = inputs((7, 301), dtype)
+    whole = q_sample(x0, t, table, seed, target, return_noise=True)
+    parts = [torch.randperm(7, generator=torch.Generator().manual_seed(1)), *torch.arange(7).split(1)]
+    for part in parts:
+        some = q_sample(x0[part], t[part], table, seed[part], target, return_noise=True)
+        assert all(torch.equal(ours, all_of_them[part]) for ours, all_of_them in zip(some, whole, strict=True))
 
 
 def test_q_sample_results_share_no_memory_with_x0(route: str) -> None:
@@ -151,7 +183,7 @@ def name_of_python_route(request: pytest.FixtureRequest, monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dtype", LOW)
 def test_q_sample_gradient_against_float64(route: str, target: str, dtype: torch.dtype) -> None:
     x0, t, table, seed = inputs((7, 301), dtype)
     weights = [torch.randn(7, 301, generator=torch.Generator().manual_seed(i)).to(dtype) for i in (1, 2)]
@@ -187,14 +219,35 @@ def test_q_sample_epsilon_needs_no_gradient(route: str) -> None:
     assert not epsilon.requires_grad
 
 
-def test_q_sample_compiles_in_one_graph(route: str) -> None:
+@pytest.mark.parametrize("target", TARGETS)
+def test_q_sample_gradient_through_a_checkpoint(route: str, target: str) -> None:
+    """Noise that is drawn a second time in the backward pass is the same noise."""
+    x0, t, table, seed = inputs((5, 33))
+
+    def loss(x: Tensor) -> Tensor:
+        x_t, wanted = q_sample(x, t, table, seed, target)
+        return ((x_t.sin() - wanted) ** 2).sum()
+
+    plain, replayed = x0.clone().requires_grad_(), x0.clone().requires_grad_()
+    loss(plain).backward()
+    checkpoint(loss, replayed, use_reentrant=False).backward()
+    assert plain.grad is not None and replayed.grad is not None
+    assert torch.equal(plain.grad, replayed.grad)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+def test_q_sample_compiles_in_one_graph(route: str, compiler: str, target: str) -> None:
+    if compiler == "inductor" and (route != "native" or target != "v_prediction"):
+        pytest.skip("one inductor case is enough: it compiles C++")
     x0, t, table, seed = inputs((3, 21))
 
     def loss(x: Tensor) -> Tensor:
-        x_t, wanted = q_sample(x, t, table, seed, "v_prediction")
+        x_t, wanted = q_sample(x, t, table, seed, target)
         return (x_t * wanted).sum()
 
-    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    torch._dynamo.reset()
+    compiled = torch.compile(loss, fullgraph=True, backend=compiler)
     ours, expected = x0.clone().requires_grad_(), x0.clone().requires_grad_()
     loss(expected).backward()
     compiled(ours).backward()
@@ -228,13 +281,19 @@ def test_native_q_sample_rounds_every_value_as_torch_does(dtype: torch.dtype, fa
     assert torch.equal(x_t, (x0.float() * table[0, 0].float()).to(dtype))
 
 
-@needs_native
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_native_q_sample_keeps_nan(dtype: torch.dtype) -> None:
-    x0, t, table, seed = inputs((2, 5), dtype)
-    x0[1, 2] = float("nan")
-    x_t, *_ = torch.ops.diffgap.q_sample(x0, t, table, seed, 0, False)
-    assert torch.equal(x_t.isnan(), x0.isnan())
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("dtype", LOW)
+def test_q_sample_keeps_what_is_not_finite_where_it_is(route: str, dtype: torch.dtype, target: str, bad: float) -> None:
+    x0, t, table, seed = inputs((3, 45), dtype)
+    x0[1, 29] = bad
+    noised, wanted, noise = q_sample(x0, t, table, seed, target, return_noise=True)
+    for ours, exact in zip((noised, wanted), formula(x0.double(), t, table, seed, target)[:2], strict=True):
+        assert ours[1, 29].isnan() == exact[1, 29].isnan()
+        assert exact[1, 29].isfinite() or ours[1, 29] == exact[1, 29] or ours[1, 29].isnan()
+    for result in (noised, wanted, noise):
+        result[1, 29] = 0.0
+        assert result.isfinite().all()
 
 
 @needs_native
@@ -252,25 +311,39 @@ def test_native_q_sample_does_not_depend_on_the_number_of_threads() -> None:
         assert torch.equal(one, three)
 
 
-@pytest.mark.parametrize(
-    ("change", "error", "named"),
-    [
-        ({"x0": torch.ones(3, 4, dtype=torch.int64)}, TypeError, "x0"),
-        ({"x0": torch.tensor(1.0)}, ValueError, "x0"),
-        ({"t": torch.ones(3)}, TypeError, "t"),
-        ({"t": torch.ones(2, dtype=torch.int64)}, ValueError, "t"),
-        ({"t": torch.tensor([0, 1, 6])}, ValueError, "t"),
-        ({"t": torch.tensor([0, -1, 5])}, ValueError, "t"),
-        ({"table": torch.ones(6, 3)}, ValueError, "table"),
-        ({"table": torch.ones(6)}, ValueError, "table"),
-        ({"table": torch.ones(6, 2, device="meta")}, ValueError, "table"),
-        ({"seed": torch.ones(4, dtype=torch.int64)}, ValueError, "seed"),
-        ({"seed": 3}, TypeError, "seed"),
-        ({"target": "noise"}, ValueError, "target"),
-    ],
-)
-def test_q_sample_refuses_bad_input(change: dict[str, Any], error: type[Exception], named: str) -> None:
+INDEX = torch.ones(3, dtype=torch.int64)
+BAD_INPUT: list[tuple[dict[str, Any], type[Exception], str]] = [
+    ({"x0": torch.ones(3, 4, dtype=torch.int64)}, TypeError, "x0"),
+    ({"x0": torch.tensor(1.0)}, ValueError, "x0"),
+    ({"t": torch.ones(3)}, TypeError, "t"),
+    ({"t": torch.ones(3, dtype=torch.int32)}, TypeError, "t"),
+    ({"t": 1}, TypeError, "t"),
+    ({"t": torch.ones(2, dtype=torch.int64)}, ValueError, "t"),
+    ({"t": torch.tensor(1)}, ValueError, "t"),
+    ({"t": INDEX.to("meta")}, ValueError, "t"),
+    ({"t": torch.tensor([0, 1, 6])}, ValueError, "t"),
+    ({"t": torch.tensor([0, -1, 5])}, ValueError, "t"),
+    ({"table": torch.ones(6, 3)}, ValueError, "table"),
+    ({"table": torch.ones(6)}, ValueError, "table"),
+    ({"table": torch.ones(6, 2, dtype=torch.int64)}, ValueError, "table"),
+    ({"table": torch.ones(6, 2, device="meta")}, ValueError, "table"),
+    ({"table": [[1.0, 0.0]]}, ValueError, "table"),
+    ({"seed": torch.ones(4, dtype=torch.int64)}, ValueError, "seed"),
+    ({"seed": torch.ones(3, 1, dtype=torch.int64)}, ValueError, "seed"),
+    ({"seed": INDEX.to("meta")}, ValueError, "seed"),
+    ({"seed": torch.ones(3)}, TypeError, "seed"),
+    ({"seed": 3}, TypeError, "seed"),
+    ({"target": "noise"}, ValueError, "target"),
+    ({"target": 0}, ValueError, "target"),
+]
+
+
+@pytest.mark.parametrize("backend", ["eager", "auto", pytest.param("native", marks=needs_native)])
+@pytest.mark.parametrize(("change", "error", "named"), BAD_INPUT)
+def test_q_sample_refuses_bad_input(
+    backend: _dispatch.Backend, change: dict[str, Any], error: type[Exception], named: str
+) -> None:
     x0, t, table, seed = inputs((3, 4))
     arguments: dict[str, Any] = {"x0": x0, "t": t, "table": table, "seed": seed, **change}
-    with pytest.raises(error, match=f"^{named}: "):
+    with _dispatch.backend(backend), pytest.raises(error, match=f"^{named}: "):
         q_sample(**arguments)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from scipy import stats
@@ -44,6 +46,18 @@ def test_philox4x32_gives_the_published_words(counter: str, key: str, expected: 
     c0, c1, c2, c3 = words(counter)
     k0, k1 = words(key)
     assert random.philox4x32((c0, c1, c2, c3), (k0, k1)) == tuple(words(expected))
+
+
+def test_normal_turns_the_published_words_into_normals(route: str) -> None:
+    """Counter and key of seed 0, block 0, step 0 and stream 0 are zero: the first of the vectors."""
+    w0, w1, w2, w3 = 0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8
+    expected = []
+    for radius_word, angle_word in ((w0, w1), (w2, w3)):
+        u = np.float32(np.float32(radius_word) * np.float32(2**-32) + np.float32(2**-33))
+        radius, angle = math.sqrt(-2 * math.log(u)), 2 * math.pi * (2 * (angle_word >> 8) + 1) / 2**25
+        expected += [radius * math.cos(angle), radius * math.sin(angle)]
+    actual = random.normal(torch.zeros(1, dtype=torch.int64), (4,))[0].double()
+    torch.testing.assert_close(actual, torch.tensor(expected, dtype=torch.float64), rtol=2e-7, atol=0)
 
 
 def scalar_normals(seed: int, element: int, step: int, stream: int) -> float:
@@ -97,17 +111,31 @@ def test_normal_depends_on_the_sample_alone(route: str) -> None:
 
 
 @needs_native
-def test_normal_does_not_depend_on_the_number_of_threads() -> None:
+@pytest.mark.parametrize(("batch", "count"), [(3, 70_001), (20_003, 5), (517, 259)])
+def test_normal_does_not_depend_on_the_number_of_threads(batch: int, count: int) -> None:
     before = torch.get_num_threads()
     results = []
     try:
         for threads in (1, 2, 5):
             torch.set_num_threads(threads)
-            results.append(torch.ops.diffgap.normal(seeds(3), 70_001, None, 0, 0))
+            results.append(torch.ops.diffgap.normal(seeds(batch), count, torch.arange(batch), 0, 0))
     finally:
         torch.set_num_threads(before)
     assert torch.equal(results[0], results[1])
     assert torch.equal(results[0], results[2])
+
+
+@needs_native
+def test_native_words_of_a_counter_beyond_32_bits() -> None:
+    """Steps and streams are whole 32-bit words, and seeds whole 64-bit ones."""
+    seed = torch.tensor([-(1 << 63), (1 << 63) - 1, -1, 1 << 32, 0x80000000])
+    steps = torch.tensor([0xFFFFFFFF, 0x80000000, 0, 1, 0x7FFFFFFF])
+    for stream in (0, 1, 0x80000000, 0xFFFFFFFF):
+        actual = torch.ops.diffgap.normal(seed, 300, steps, 0, stream)
+        assert (in_order(actual) - in_order(random.normal_reference(seed, 300, steps, 0, stream))).abs().max() <= 2
+        for i in range(5):
+            alone = torch.ops.diffgap.normal(seed[i : i + 1], 300, None, int(steps[i]), stream)
+            assert torch.equal(alone[0], actual[i])
 
 
 def test_normal_is_normal(route: str) -> None:
@@ -162,22 +190,39 @@ def test_normal_registration() -> None:
         torch.library.opcheck(torch.ops.diffgap.normal.default, arguments)
 
 
+ONES = torch.ones(3, dtype=torch.int64)
+
+
+@pytest.mark.parametrize("backend", ["eager", "auto", pytest.param("native", marks=needs_native)])
 @pytest.mark.parametrize(
-    ("arguments", "error", "named"),
+    ("change", "error", "named"),
     [
-        (([1, 2], (3,)), TypeError, "seed"),
-        ((torch.ones(3), (3,)), TypeError, "seed"),
-        ((torch.ones(3, 1, dtype=torch.int64), (3,)), ValueError, "seed"),
-        ((torch.ones(3, dtype=torch.int64), (-1,)), ValueError, "shape"),
-        ((torch.ones(3, dtype=torch.int64), (2,), -1), ValueError, "step"),
-        ((torch.ones(3, dtype=torch.int64), (2,), torch.ones(2, dtype=torch.int64)), ValueError, "step"),
-        ((torch.ones(3, dtype=torch.int64), (2,), torch.ones(3)), TypeError, "step"),
-        ((torch.ones(3, dtype=torch.int64), (2,), 0, torch.int64), TypeError, "dtype"),
+        ({"seed": [1, 2]}, TypeError, "seed"),
+        ({"seed": torch.ones(3)}, TypeError, "seed"),
+        ({"seed": ONES.int()}, TypeError, "seed"),
+        ({"seed": ONES[:, None]}, ValueError, "seed"),
+        ({"seed": ONES[0]}, ValueError, "seed"),
+        ({"shape": (-1,)}, ValueError, "shape"),
+        ({"shape": (2, -1)}, ValueError, "shape"),
+        ({"step": -1}, ValueError, "step"),
+        ({"step": 1 << 32}, ValueError, "step"),
+        ({"step": ONES[:2]}, ValueError, "step"),
+        ({"step": ONES[0]}, ValueError, "step"),
+        ({"step": ONES.to("meta")}, ValueError, "step"),
+        ({"step": torch.tensor([0, 1, -1])}, ValueError, "step"),
+        ({"step": torch.tensor([0, 1, 1 << 32])}, ValueError, "step"),
+        ({"step": torch.ones(3)}, TypeError, "step"),
+        ({"stream": -1}, ValueError, "stream"),
+        ({"stream": 1 << 32}, ValueError, "stream"),
+        ({"dtype": torch.int64}, TypeError, "dtype"),
     ],
 )
-def test_normal_refuses_bad_input(arguments: tuple[object, ...], error: type[Exception], named: str) -> None:
-    with pytest.raises(error, match=f"^{named}: "):
-        random.normal(*arguments)  # type: ignore[arg-type]
+def test_normal_refuses_bad_input(
+    backend: _dispatch.Backend, change: dict[str, Any], error: type[Exception], named: str
+) -> None:
+    arguments: dict[str, Any] = {"seed": ONES, "shape": (2,), **change}
+    with _dispatch.backend(backend), pytest.raises(error, match=f"^{named}: "):
+        random.normal(**arguments)
 
 
 def test_sample_seeds_come_from_the_generator_and_the_index() -> None:
