@@ -10,7 +10,7 @@ MEDIA  ?= .media
 BIN       := $(VENV)/bin
 INSTALLED := $(VENV)/.installed-$(EXTRAS)
 
-.PHONY: demo test lint install media clean
+.PHONY: demo test lint cuda-check install media clean
 
 install: $(INSTALLED)
 
@@ -32,6 +32,10 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Compiles the CUDA kernels for every chip and examines their machine code; needs nvcc, but no GPU.
+cuda-check: install
+	$(BIN)/python scripts/cuda_check.py
 
 # The pictures and recordings behind the bundled embeddings (160 MB, Debian and Ubuntu), for the tests that embed them
 # again: make media && DIFFGAP_STAMPS_MEDIA=.media make test EXTRAS=dev,offline

@@ -99,11 +99,7 @@ def first_with(folders: list[Path], name: str, fix: str) -> str:
     raise Missing(f"the CUDA file {name} ({fix})")
 
 
-def cuda_extension() -> Extension | None:
-    """The CUDA library, or None while it has no sources."""
-    cuda_sources = sources("csrc/cuda/*.cu", "csrc/cuda/*.cpp")
-    if not cuda_sources:
-        return None
+def cuda_extension() -> Extension:
     torch = find_torch()
     from torch.utils.cpp_extension import CUDA_HOME
 
@@ -124,7 +120,7 @@ def cuda_extension() -> Extension | None:
     library = Path(torch.__file__).parent
     return Extension(
         "diffgap._C_cuda",
-        cuda_sources,
+        sources("csrc/cuda/*.cu"),
         include_dirs=[str(ROOT / "csrc"), str(library / "include"), *sorted(headers)],
         library_dirs=[str(library / "lib"), runtime],
         libraries=["torch_cpu", "torch_cuda", "cudart_static", "dl", "rt", "pthread"],
@@ -139,7 +135,7 @@ def cuda_extension() -> Extension | None:
 
 def extensions() -> list[Extension]:
     """The libraries that can be built here; says what is missing for the others."""
-    builders: dict[str, tuple[str, Callable[[], Extension | None]]] = {
+    builders: dict[str, tuple[str, Callable[[], Extension]]] = {
         "DIFFGAP_CPU": ("C++ kernels", cpu_extension),
         "DIFFGAP_CUDA": ("CUDA kernels", cuda_extension),
     }
@@ -156,7 +152,7 @@ def extensions() -> list[Extension]:
             if wanted == "1":
                 sys.exit(f"diffgap: {variable}=1, but the {title} need {missing}")
             print(f"diffgap: installing without its {title}: they need {missing}", file=sys.stderr)
-    return [extension for extension in found if extension is not None]
+    return found
 
 
 def build_commands() -> dict[str, Any]:

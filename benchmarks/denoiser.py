@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.cases import DIRECTIONS, Case, Direction, Inputs, Outputs, Peer, Run, differentiated
-from diffgap.models.blocks import ROWS_PER_BLOCK, DiTBlock, Residual
+from diffgap.models.blocks import ROWS_PER_BLOCK, Context, DiTBlock, Residual
 from diffgap.models.contrastive_diffusion import ContrastiveDiffusion
 from diffgap.models.denoiser import Condition, Denoiser
 from diffgap.models.settings import BridgeSettings
@@ -73,15 +73,13 @@ def block(settings: BridgeSettings = SETTINGS) -> Subject:
 
     def tensors(batch: int, direction: Direction) -> dict[str, Tensor]:
         generator = torch.Generator().manual_seed(0)
-        context = (batch, count, heads, width // heads)
+        context = (batch, count, 2, heads, width // heads)
         sizes = {"x": (batch, count, width), "branch": (batch, count, width), "gate": (batch, width)}
-        sizes |= {"rows": (batch, ROWS_PER_BLOCK, width), "keys": context, "values": context}
+        sizes |= {"rows": (batch, ROWS_PER_BLOCK, width), "keys_values": context}
         return {name: torch.randn(size, generator=generator) for name, size in sizes.items()}
 
-    def call(
-        module: nn.Module, x: Tensor, branch: Tensor, gate: Tensor, rows: Tensor, keys: Tensor, values: Tensor
-    ) -> Outputs:
-        stream = module(Residual(x, branch, gate), rows, context=(keys, values))
+    def call(module: nn.Module, x: Tensor, branch: Tensor, gate: Tensor, rows: Tensor, keys_values: Tensor) -> Outputs:
+        stream = module(Residual(x, branch, gate), rows, context=Context(keys_values))
         return stream.x, stream.branch
 
     return Subject("denoiser_block", f"{count}x{width}", module, tensors, call)

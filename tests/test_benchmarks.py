@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import cases, check, contrastive, floors, machine, memory, report, runner, schedule, timing
+from benchmarks import cases, check, contrastive, floors, machine, memory, report, runner, timing
 from benchmarks.__main__ import main
 from benchmarks.cases import Case, Peer
 from diffgap.ops import _dispatch
@@ -412,24 +412,6 @@ def test_contrastive_names(size: str) -> None:
             "similarity_ranks/fwd/4096x50000x512/fp32",
             "similarity_topk/fwd/4096x50000x512/fp32",
         } <= set(names)
-
-
-# the schedule family
-
-
-@pytest.mark.parametrize("case", list(schedule.cases("ci")), ids=lambda case: case.name)
-def test_schedule_case_passes_the_gate(case: Case) -> None:
-    """Every solver here takes the step diffusers takes."""
-    pytest.importorskip("diffusers")
-    result = runner.run_case(case, CPU, CLOCK, QUICK)
-    assert not result.failures
-    assert {row.impl for row in result.rows} >= {"diffgap", "eager", "compile", "diffusers"}
-
-
-def test_schedule_case_names() -> None:
-    names = [case.name for case in schedule.cases("full")]
-    assert len(names) == len(set(names))
-    assert {"q_sample/fwd/4096x1024/fp32", "solver_step/dpmpp_2m_cfg/4096x512/fp32"} < set(names)
 
 
 # reports

@@ -28,8 +28,8 @@ DIFFGAP_HD NoisingRow noising_row(float alpha, float sigma, int64_t target) {
   }
 }
 
-// Without x0 where the target has none of it, so that the noise stays what it is beside an x0 that is not finite. Float is
-// a float or, on the host, a vector of them.
+// Without x0 where the target has none of it, so that the noise stays what it is beside an x0 that is not finite. Float
+// is a float or, on the host, a vector of them.
 template <typename Float>
 DIFFGAP_HD Float noising_target(const NoisingRow& row, Float clean, Float noise) {
   const Float noisy = row.noisy * noise;

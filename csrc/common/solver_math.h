@@ -40,16 +40,25 @@ struct StepTerms {
   Float sample, output, x0, last, h1, h2, h3, noise;
 };
 
-template <typename Float>
+// The terms of earlier predictions past `history` and, if not `noisy`, of the noise are left out: even a term of zero
+// costs its share of arithmetic.
+template <int history = 3, typename Float>
 DIFFGAP_HD Float correct(const StepRow& c, const StepTerms<Float>& v) {
-  return c.corr_sample * v.sample + c.corr_last * v.last + c.corr_x0 * v.x0 + c.corr_h1 * v.h1 +
-         c.corr_h2 * v.h2 + c.corr_h3 * v.h3;
+  Float x = c.corr_sample * v.sample + c.corr_last * v.last + c.corr_x0 * v.x0;
+  if constexpr (history > 0) x += c.corr_h1 * v.h1;
+  if constexpr (history > 1) x += c.corr_h2 * v.h2;
+  if constexpr (history > 2) x += c.corr_h3 * v.h3;
+  return x;
 }
 
-template <typename Float>
+template <int history = 3, bool noisy = true, typename Float>
 DIFFGAP_HD Float advance(const StepRow& c, const StepTerms<Float>& v, Float corrected) {
-  return c.pred_corrected * corrected + c.pred_sample * v.sample + c.pred_output * v.output +
-         c.pred_x0 * v.x0 + c.pred_h1 * v.h1 + c.pred_h2 * v.h2 + c.pred_h3 * v.h3 + c.pred_noise * v.noise;
+  Float x = c.pred_corrected * corrected + c.pred_sample * v.sample + c.pred_output * v.output + c.pred_x0 * v.x0;
+  if constexpr (history > 0) x += c.pred_h1 * v.h1;
+  if constexpr (history > 1) x += c.pred_h2 * v.h2;
+  if constexpr (history > 2) x += c.pred_h3 * v.h3;
+  if constexpr (noisy) x += c.pred_noise * v.noise;
+  return x;
 }
 
 }  // namespace diffgap

@@ -17,7 +17,7 @@ struct NoiseKey {
 
 // Room for the normals of one tile, wherever it begins, and for the surplus of the last vectors.
 struct NoiseBuffer {
-  alignas(64) float values[kTile + 64];
+  alignas(64) float values[kTile + 128];
 };
 
 // Philox on lanes / 2 counters, each in a 64-bit lane of its own: the multiplication of 32-bit words that has 64-bit
@@ -91,7 +91,7 @@ DIFFGAP_HD const float* draw_tile(const NoiseKey& key, int64_t begin, int n, Noi
   const int skipped = static_cast<int>(begin % kLanes);
   const int count = skipped + n;
   if constexpr (lanes >= 8) {
-    constexpr int kSets = 2;
+    constexpr int kSets = lanes / 4;  // in turn, because each of its rounds waits for the one before
     for (int i = 0; i < count; i += 2 * lanes * kSets) {
       draw_blocks<lanes, kSets>(key, first + i / kLanes, buffer.values + i);
     }

@@ -1,6 +1,8 @@
 // diffgap::solver_step on the CPU; diffgap/ops/solver_step.py has the definition.
+#include <array>
 #include <cmath>
 #include <cstring>
+#include <utility>
 
 #include "common/solver_math.h"
 #include "common/step_arguments.h"
@@ -66,36 +68,64 @@ DIFFGAP_HD Lanes<lanes> guided(const StepArgs<T>& a, int64_t at) {
   return a.unconditional ? guide(a.guidance, conditional, load<lanes>(a.unconditional + at)) : conditional;
 }
 
-// The table's row applied to `lanes` elements. Everything is read before anything is written: results may be arguments.
-template <int lanes, typename T>
-DIFFGAP_HD void step_elements(const StepArgs<T>& a, const SampleStep& s, float sphere, const float* noise, int64_t at) {
-  using Floats = Values<lanes>;
-  const Floats sample = load<lanes>(a.sample + at);
-  const Floats output = guided<lanes>(a, at) * s.factor;
-  const Floats x0 = s.x0(sample, output) * sphere;
-  const StepTerms<Floats> v{sample,
-                            output,
-                            x0,
-                            load_or_zero<lanes>(a.last_sample, at),
-                            load_or_zero<lanes>(a.h1, at),
-                            load_or_zero<lanes>(a.h2, at),
-                            load_or_zero<lanes>(a.h3, at),
-                            noise ? load<lanes>(noise) : Floats{}};
-  const Floats corrected = a.last_sample ? correct(s.row, v) : sample;
-  store<lanes>(a.next + at, advance(s.row, v, corrected));
-  if (a.x0) store<lanes>(a.x0 + at, x0);
-  if (a.corrected) store<lanes>(a.corrected + at, corrected);
+// Loops are compiled for each combination of terms.
+template <int history, bool corrects, bool noisy>
+struct StepElements {
+  // The table's row applied to `lanes` elements. Everything is read before anything is written: results may be
+  // arguments.
+  template <int lanes, typename T>
+  static DIFFGAP_HD void apply(const StepArgs<T>& a, const SampleStep& s, float sphere, const float* noise,
+                               int64_t at) {
+    using Floats = Values<lanes>;
+    const Floats sample = load<lanes>(a.sample + at);
+    const Floats output = guided<lanes>(a, at) * s.factor;
+    StepTerms<Floats> v{sample, output, s.x0(sample, output) * sphere, {}, {}, {}, {}, {}};
+    if constexpr (history > 0) v.h1 = load_or_zero<lanes>(a.h1, at);
+    if constexpr (history > 1) v.h2 = load_or_zero<lanes>(a.h2, at);
+    if constexpr (history > 2) v.h3 = load_or_zero<lanes>(a.h3, at);
+    if constexpr (noisy) v.noise = load<lanes>(noise);
+    Floats corrected = sample;
+    if constexpr (corrects) {
+      v.last = load<lanes>(a.last_sample + at);
+      corrected = correct<history>(s.row, v);
+    }
+    store<lanes>(a.next + at, advance<history, noisy>(s.row, v, corrected));
+    if (a.x0) store<lanes>(a.x0 + at, v.x0);
+    if (corrects && a.corrected) store<lanes>(a.corrected + at, corrected);
+  }
+
+  // n elements from `at` on.
+  template <typename Width, typename T>
+  static DIFFGAP_HD void run(const StepArgs<T>& args, const SampleStep& common, float sphere, const float* noise,
+                             int64_t at, int n) {
+    constexpr int lanes = Width::lanes;
+    // Copies, which no result can overwrite, so that they need not be read again after each.
+    const StepArgs<T> a = args;
+    const SampleStep s = common;
+    int i = 0;
+    for (; i + lanes <= n; i += lanes) apply<lanes>(a, s, sphere, noise + i, at + i);
+    for (; i < n; ++i) apply<1>(a, s, sphere, noise + i, at + i);
+  }
+};
+
+template <typename T>
+using StepLoop = void (*)(const StepArgs<T>&, const SampleStep&, float sphere, const float* noise, int64_t at, int n);
+
+template <typename Width, typename T, size_t... i>
+constexpr std::array<StepLoop<T>, sizeof...(i)> step_loops(std::index_sequence<i...>) {
+  return {[](const StepArgs<T>& a, const SampleStep& s, float sphere, const float* noise, int64_t at, int n) {
+    run_apart<Width, Blocked<StepElements<i / 4, i / 2 % 2 != 0, i % 2 != 0>, Width>>(a, s, sphere, noise, at, n);
+  }...};
 }
 
 // The step of n elements of a sample from `begin` on, n <= kTile.
-template <int lanes, typename T>
+template <typename Width, typename T>
 DIFFGAP_HD void step_tile(const StepArgs<T>& a, const SampleStep& s, float sphere, int64_t offset, int64_t begin, int n,
                           NoiseBuffer& buffer) {
-  const float* noise = s.noisy ? draw_tile<lanes>(s.noise, begin, n, buffer) : nullptr;
-  const int64_t at = offset + begin;
-  int i = 0;
-  for (; i + lanes <= n; i += lanes) step_elements<lanes>(a, s, sphere, noise ? noise + i : nullptr, at + i);
-  for (; i < n; ++i) step_elements<1>(a, s, sphere, noise ? noise + i : nullptr, at + i);
+  static constexpr auto loops = step_loops<Width, T>(std::make_index_sequence<16>());
+  const float* noise = s.noisy ? draw_tile<Width::lanes>(s.noise, begin, n, buffer) : buffer.values;
+  const int history = a.h3 ? 3 : a.h2 ? 2 : a.h1 ? 1 : 0;
+  loops[4 * history + (a.last_sample ? 2 : 0) + (s.noisy ? 1 : 0)](a, s, sphere, noise, offset + begin, n);
 }
 
 struct StepTiles {
@@ -107,7 +137,7 @@ struct StepTiles {
       const SampleStep s = SampleStep::of(a, sample);
       const int64_t end = std::min(last, (sample + 1) * a.grid.per_sample());
       for (int64_t begin = a.grid.begin(tile); tile < end; ++tile, begin += kTile) {
-        step_tile<Width::lanes>(a, s, 1.0f, sample * a.grid.count, begin, a.grid.width(begin), buffer);
+        step_tile<Width>(a, s, 1.0f, sample * a.grid.count, begin, a.grid.width(begin), buffer);
       }
     }
   }
@@ -147,7 +177,7 @@ struct StepRows {
       const float sphere = squares > 0.0 ? static_cast<float>(a.x0_norm / std::sqrt(squares)) : 1.0f;
       for (int64_t i = begin; i < end; i += kTile) {
         const int n = static_cast<int>(std::min<int64_t>(end - i, kTile));
-        step_tile<Width::lanes>(a, s, sphere, offset, i, n, buffer);
+        step_tile<Width>(a, s, sphere, offset, i, n, buffer);
       }
     }
   }
