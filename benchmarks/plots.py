@@ -14,11 +14,12 @@ from benchmarks.report import implementations, operation, operations, plural
 from benchmarks.runner import OURS, Row
 
 # Okabe and Ito's palette, told apart by colour-blind readers too, and three darker ones; shapes repeat the distinction.
+# Their numbers have no common factor, so that a colour comes back with another shape.
 _COLOURS = (
     *("#D55E00", "#000000", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442"),
     *("#882255", "#777777", "#332288"),
 )
-_MARKERS = "osD^vPX*<>p"
+_MARKERS = "osD^vPX*<>"
 _LEGEND_COLUMNS = 6
 _LINE_INCHES = 0.24
 # Ratio of the ends of a scale above which only powers of ten have room.
