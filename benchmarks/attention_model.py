@@ -53,7 +53,7 @@ from benchmarks.cases import DIRECTIONS, Direction
 from benchmarks.gpus import GPUS, Gpu
 from benchmarks.model import LAUNCH_SECONDS, Implementation, Kernel
 from benchmarks.plots import _COLOURS, _MARKERS
-from benchmarks.report import implementations, section, to_json
+from benchmarks.report import implementations, section, to_json, write
 from benchmarks.runner import Result, Row
 from diffgap._files import atomic_file
 
@@ -388,9 +388,7 @@ def main(argv: Sequence[str]) -> int:
     print(document)
     if path is not None:
         rows = Result([row for of_gpu in modelled.values() for row in of_gpu])
-        for target, text in ((path, to_json(header, rows)), (path.with_suffix(".md"), document)):
-            with atomic_file(target) as temporary:
-                temporary.write_text(text, encoding="utf-8")
+        write(path, to_json(header, rows), document)
         with atomic_file(path.with_suffix(".png")) as temporary:
             draw(temporary, {gpu: list(of_gpu) for gpu, of_gpu in modelled.items()})
         print(f"wrote {path}, and .md and .png beside it", file=sys.stderr)

@@ -38,8 +38,8 @@ import triton
 from diffgap.kernels._tiles import Product
 
 from benchmarks.aot import TARGETS, adaln_kernels, attention_kernels, contrastive_kernels
+from benchmarks.report import write
 from benchmarks.sass import loop_counts, resources, rest_counts, sass
-from diffgap._files import atomic_file
 
 Dtype = Literal["bf16", "fp32", "tf32"]
 _PRODUCTS: dict[Dtype, Product] = {"bf16": "half", "fp32": "ieee", "tf32": "tf32"}
@@ -356,9 +356,7 @@ def main(argv: Sequence[str]) -> int:
     document = to_markdown(header, rows)
     print(document)
     if options.json is not None:
-        for target, text in ((options.json, to_json(header, rows)), (options.json.with_suffix(".md"), document)):
-            with atomic_file(target) as temporary:
-                temporary.write_text(text, encoding="utf-8")
+        for target in write(options.json, to_json(header, rows), document):
             print(f"wrote {target}", file=sys.stderr)
     return 0
 

@@ -33,10 +33,9 @@ from diffgap.kernels._tiles import TILES, WORKSPACE_BYTES, Tile
 
 from benchmarks.aot import compile_launches
 from benchmarks.gpus import GPUS, Gpu
-from benchmarks.report import seconds, section, to_json
+from benchmarks.report import seconds, section, to_json, write
 from benchmarks.runner import Result, Row, Skipped
 from benchmarks.sass import LoopCounts, loop_counts, rest_counts, sass
-from diffgap._files import atomic_file
 
 BATCHES = (32768, 131072)
 WIDTHS = (512, 768, 1024)
@@ -335,9 +334,7 @@ def main(argv: Sequence[str]) -> int:
         merged = Result()
         for of_gpu in modelled.values():
             merged.extend(of_gpu.result)
-        for target, text in ((path, to_json(header, merged)), (path.with_suffix(".md"), document)):
-            with atomic_file(target) as temporary:
-                temporary.write_text(text, encoding="utf-8")
+        for target in write(path, to_json(header, merged), document):
             print(f"wrote {target}", file=sys.stderr)
     return 0
 

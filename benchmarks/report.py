@@ -16,14 +16,20 @@ def save(path: Path, header: dict[str, Any], result: Result) -> list[Path]:
     """Write ``path`` and the same name with ``.md`` and ``.png``; each file appears whole or not at all."""
     from benchmarks.plots import draw
 
-    written = [path, path.with_suffix(".md")]
-    for target, text in zip(written, (to_json(header, result), to_markdown(header, result)), strict=True):
-        with atomic_file(target) as temporary:
-            temporary.write_text(text, encoding="utf-8")
+    written = write(path, to_json(header, result), to_markdown(header, result))
     if result.rows:
         written.append(path.with_suffix(".png"))
         with atomic_file(written[-1]) as temporary:
             draw(temporary, header, result.rows)
+    return written
+
+
+def write(path: Path, data: str, document: str) -> list[Path]:
+    """Write ``data`` to ``path`` and ``document`` to the same name with ``.md``, each whole or not at all."""
+    written = [path, path.with_suffix(".md")]
+    for target, text in zip(written, (data, document), strict=True):
+        with atomic_file(target) as temporary:
+            temporary.write_text(text, encoding="utf-8")
     return written
 
 

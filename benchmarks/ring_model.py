@@ -41,9 +41,8 @@ from datetime import date
 from pathlib import Path
 
 from benchmarks.gpus import GPUS, Gpu
-from benchmarks.report import seconds, section
+from benchmarks.report import seconds, section, write
 from benchmarks.runner import Row, Skipped
-from diffgap._files import atomic_file
 
 GLOBAL_BATCH = 1 << 20
 WIDTHS = (512, 768, 1024)
@@ -229,9 +228,7 @@ def main(argv: Sequence[str]) -> int:
     document = to_markdown()
     print(document)
     if path is not None:
-        for target, text in ((path, to_json()), (path.with_suffix(".md"), document)):
-            with atomic_file(target) as temporary:
-                temporary.write_text(text, encoding="utf-8")
+        for target in write(path, to_json(), document):
             print(f"wrote {target}", file=sys.stderr)
     return 0
 

@@ -44,9 +44,8 @@ from benchmarks.denoiser import _NO_KERNEL
 from benchmarks.gpus import GPUS, Gpu
 from benchmarks.model import LAUNCH_SECONDS, Implementation
 from benchmarks.parts import arguments_of, tensors_in, written_by, written_names
-from benchmarks.report import operation, operations, section, to_json
+from benchmarks.report import operation, operations, section, to_json, write
 from benchmarks.runner import OURS, Result, Row
-from diffgap._files import atomic_file
 from diffgap.ops._dispatch import backend
 
 _CPU = torch.device("cpu")
@@ -241,9 +240,7 @@ def main(argv: Sequence[str]) -> int:
     print(document)
     if path is not None:
         rows = Result([row for of_gpu in modelled.values() for row in of_gpu])
-        for target, text in ((path, to_json(header, rows)), (path.with_suffix(".md"), document)):
-            with atomic_file(target) as temporary:
-                temporary.write_text(text, encoding="utf-8")
+        for target in write(path, to_json(header, rows), document):
             print(f"wrote {target}", file=sys.stderr)
     return 0
 

@@ -10,6 +10,8 @@
 #include <cstdint>
 #include <optional>
 
+#include "common/elements.h"
+
 namespace diffgap {
 
 using torch::headeronly::ScalarType;
@@ -71,6 +73,21 @@ T* mutable_data_of(const Tensor& x) {
 template <typename T>
 const T* data_or_null(const std::optional<Tensor>& x) {
   return x ? data_of<T>(*x) : nullptr;
+}
+
+// Calls `body` with a value of the element type of `dtype`.
+template <typename Function>
+void for_dtype(ScalarType dtype, const Function& body) {
+  switch (dtype) {
+    case ScalarType::Float:
+      return body(float{});
+    case ScalarType::Half:
+      return body(Half{});
+    case ScalarType::BFloat16:
+      return body(BFloat16{});
+    default:
+      STD_TORCH_CHECK(false, "expected float32, float16 or bfloat16");
+  }
 }
 
 }  // namespace diffgap

@@ -48,19 +48,4 @@ inline Tensor sum_as_scalar(const Tensor& like, const std::vector<double>& parts
   return result;
 }
 
-// Calls `body` with a value of the element type of `dtype`.
-template <typename Function>
-void for_dtype(ScalarType dtype, const Function& body) {
-  switch (dtype) {
-    case ScalarType::Float:
-      return body(float{});
-    case ScalarType::Half:
-      return body(Half{});
-    case ScalarType::BFloat16:
-      return body(BFloat16{});
-    default:
-      STD_TORCH_CHECK(false, "expected float32, float16 or bfloat16");
-  }
-}
-
 }  // namespace diffgap

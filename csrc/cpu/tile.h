@@ -3,20 +3,13 @@
 
 #include <cstdint>
 
+#include "common/elements.h"
 #include "common/macros.h"
 #include "common/normal.h"
 
 namespace diffgap {
 
 constexpr int kTile = 256;
-
-struct Half {
-  uint16_t bits;
-};
-
-struct BFloat16 {
-  uint16_t bits;
-};
 
 DIFFGAP_HD float widen(Half value) {
   const int32_t magnitude = value.bits & 0x7FFF;

@@ -41,19 +41,4 @@ inline void check_teams(const char* name, int64_t teams) {
   STD_TORCH_CHECK(teams <= INT32_MAX, name, ": has ", teams, " rows, more than a kernel can count");
 }
 
-// Calls `body` with a value of the element type of `dtype`.
-template <typename Function>
-void for_dtype(ScalarType dtype, const Function& body) {
-  switch (dtype) {
-    case ScalarType::Float:
-      return body(float{});
-    case ScalarType::Half:
-      return body(Half{});
-    case ScalarType::BFloat16:
-      return body(BFloat16{});
-    default:
-      STD_TORCH_CHECK(false, "expected float32, float16 or bfloat16");
-  }
-}
-
 }  // namespace diffgap

@@ -1,6 +1,7 @@
 // A thread works on units: as many elements of a sample as 16 bytes hold, counted from the sample's first element.
 #pragma once
 
+#include "common/elements.h"
 #include "cuda/device.cuh"
 
 #if !defined(__CUDACC__)
@@ -10,14 +11,6 @@
 namespace diffgap {
 
 #if defined(__CUDACC__)
-struct Half {
-  uint16_t bits;
-};
-
-struct BFloat16 {
-  uint16_t bits;
-};
-
 DIFFGAP_DEVICE float widen(Half value) { return __half2float(__ushort_as_half(value.bits)); }
 DIFFGAP_DEVICE float widen(BFloat16 value) { return __bfloat162float(__ushort_as_bfloat16(value.bits)); }
 DIFFGAP_DEVICE void narrow(float value, Half* result) { result->bits = __half_as_ushort(__float2half_rn(value)); }
