@@ -61,7 +61,8 @@ def test_works_without_the_extension(tmp_path: Path) -> None:
 import diffgap
 assert diffgap.__file__.startswith({str(tmp_path)!r}), diffgap.__file__
 {USE_OPS}
-assert {{choice.backend for choice in explain() if choice.device == "cpu"}} == {{"eager"}}
+# linear is torch's own oneDNN
+assert {{choice.backend for choice in explain() if choice.device == "cpu" and choice.op != "linear"}} == {{"eager"}}
 try:
     with backend("native"):
         normal(torch.zeros(2, dtype=torch.int64), (5,))

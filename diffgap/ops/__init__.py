@@ -4,6 +4,7 @@ from diffgap.ops._dispatch import backend, explain
 from diffgap.ops.adaln import adaln
 from diffgap.ops.attention import attention
 from diffgap.ops.clip_loss import clip_loss
+from diffgap.ops.linear import linear, swiglu
 from diffgap.ops.q_sample import q_sample
 from diffgap.ops.random import normal, sample_seeds
 from diffgap.ops.siglip_loss import siglip_loss
@@ -16,6 +17,7 @@ __all__ = [
     "backend",
     "clip_loss",
     "explain",
+    "linear",
     "normal",
     "q_sample",
     "sample_seeds",
@@ -23,4 +25,5 @@ __all__ = [
     "similarity_ranks",
     "similarity_topk",
     "solver_step",
+    "swiglu",
 ]
