@@ -96,10 +96,8 @@ class SamplingLoop:
         self._x0s = [torch.empty_like(self._sample) for _ in range(max(solver.history, 1))]
         self._corrected = torch.empty_like(self._sample) if solver.corrects else None
         self._seeds = torch.empty(batch, dtype=torch.int64, device=device)
-        self._initial: Tensor | None = None
         self._graph: torch.cuda.CUDAGraph | None = None
 
-    @torch.no_grad()
     def __call__(self, seeds: Tensor, initial: Tensor | None = None, callback: Callback | None = None) -> Tensor:
         """Draw a batch.
 
@@ -111,14 +109,26 @@ class SamplingLoop:
         Returns:
             (batch, \\*shape): the sample after the last row, or, stopped before it, the last x0 prediction. The next
             call overwrites it.
+
+        Raises:
+            TypeError: ``seeds`` is not int64.
+            ValueError: ``seeds`` or ``initial`` has another shape, or a recorded loop is given what it cannot take.
         """
+        if seeds.dtype != torch.int64:
+            raise TypeError(f"seeds is {seeds.dtype}; give int64, e.g. from diffgap.ops.random.sample_seeds")
+        for name, given, wanted in (("seeds", seeds, self._seeds), ("initial", initial, self._sample)):
+            if given is not None and given.shape != wanted.shape:
+                raise ValueError(f"{name} is {tuple(given.shape)}; this loop takes {tuple(wanted.shape)}")
+        for name, option in (("initial", initial), ("callback", callback)):
+            if self._graph is not None and option is not None:
+                raise ValueError(f"{name}: a recorded loop takes none; use a loop without capture()")
         self._seeds.copy_(seeds)
         if initial is not None:
             self._sample.copy_(initial)
         if self._graph is None:
             return self._run(callback, draws=initial is None)
         self._graph.replay()
-        return self._result
+        return self._recorded
 
     def capture(self) -> None:
         """Record the whole loop as a CUDA graph: calls then replay it, without callback or ``initial``.
@@ -133,9 +143,10 @@ class SamplingLoop:
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            self._result = self._run(None, draws=True)
+            self._recorded = self._run(None, draws=True)
         self._graph = graph
 
+    @torch.no_grad()
     def _run(self, callback: Callback | None, *, draws: bool) -> Tensor:
         if draws:
             noise = normal(self._seeds, self._sample.shape[1:], dtype=self._sample.dtype)
@@ -219,8 +230,6 @@ def sample(
         TypeError: ``seeds`` is not int64.
         ValueError: A shape, ``steps`` or an option is out of range.
     """
-    if seeds.dtype != torch.int64:
-        raise TypeError(f"seeds is {seeds.dtype}; give int64, e.g. from diffgap.ops.random.sample_seeds")
     if initial is not None and initial.shape != (*seeds.shape, *shape):
         raise ValueError(f"initial is {tuple(initial.shape)}; it must be {(*seeds.shape, *shape)}: seeds and shape")
     loop = SamplingLoop(

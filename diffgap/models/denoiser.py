@@ -32,12 +32,9 @@ class StepRows(NamedTuple):
     rows: Tensor
     direction: Tensor | None
 
-    def at(self, step: int | Tensor) -> Tensor:
-        """The modulation of one step, (B, R, width) or (P, R, width).
-
-        A tensor of one element selects the step without leaving its device.
-        """
-        rows = self.rows[step] if isinstance(step, int) else self.rows.index_select(0, step.reshape(1)).squeeze(0)
+    def at(self, step: int) -> Tensor:
+        """The modulation of one step, (B, R, width) or (P, R, width)."""
+        rows = self.rows[step]
         return rows if self.direction is None else rows.index_select(0, self.direction)
 
 

@@ -156,6 +156,45 @@ def test_a_loop_forgets_the_batch_before(name: str) -> None:
     assert torch.equal(loop(seeds, callback=lambda step, _: step == 2), sample(model, solver, seeds, SHAPE, steps=3))
 
 
+def test_a_loop_refuses_what_it_would_have_to_bend() -> None:
+    def untouched(x: Tensor, step: int) -> Tensor:
+        raise AssertionError("the network was called")
+
+    loop, seeds = SamplingLoop(untouched, table(), 3, SHAPE, device=torch.device("cpu")), torch.arange(3)
+    with pytest.raises(TypeError, match=r"seeds is torch.float32; give int64"):
+        loop(seeds.float())
+    with pytest.raises(ValueError, match=r"seeds is \(1,\); this loop takes \(3,\)"):
+        loop(seeds[:1])
+    with pytest.raises(ValueError, match=r"initial is \(6,\); this loop takes \(3, 6\)"):
+        loop(seeds, torch.zeros(SHAPE))
+
+
+class _Replays:
+    """Stands for a recorded graph."""
+
+    def replay(self) -> None:
+        pass
+
+
+def test_a_recorded_loop_takes_neither_start_nor_callback(monkeypatch: pytest.MonkeyPatch) -> None:
+    loop, seeds = SamplingLoop(model, table(), 3, SHAPE, device=torch.device("cpu")), torch.arange(3)
+    monkeypatch.setattr(loop, "_graph", _Replays())
+    monkeypatch.setattr(loop, "_recorded", seeds, raising=False)
+    assert loop(seeds) is seeds
+    with pytest.raises(ValueError, match="initial: a recorded loop takes none"):
+        loop(seeds, torch.zeros(3, *SHAPE))
+    with pytest.raises(ValueError, match="callback: a recorded loop takes none"):
+        loop(seeds, callback=lambda *_: None)
+
+
+def test_a_step_records_no_gradients_whoever_runs_it() -> None:
+    """Recording a loop runs it too, outside of a call."""
+    weight = torch.ones(6, requires_grad=True)
+    loop = SamplingLoop(lambda x, step: x * weight, table(), 3, SHAPE, device=torch.device("cpu"))
+    loop(torch.arange(3))
+    assert not loop._run(None, draws=True).requires_grad
+
+
 def test_callbacks_may_keep_what_they_get() -> None:
     solver, seeds, kept = table(), torch.arange(3), []
     sample(model, solver, seeds, SHAPE, callback=lambda _, result: kept.append(result))
