@@ -17,7 +17,7 @@ import hashlib
 import os
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -100,27 +100,43 @@ def scan(media: Path) -> list[Stamp]:
 class Cache:
     """Embeddings of one encoder by the content of the file, one small file each, kept across runs."""
 
-    def __init__(self, encoder: Encoder, folder: Path) -> None:
-        self._encoder = encoder
-        self._folder = folder / encoder.fingerprint.replace(":", "-")
+    def __init__(self, embed: Callable[[Path], FloatArray], fingerprint: str, folder: Path) -> None:
+        self._embed = embed
+        self._folder = folder / fingerprint.replace(":", "-")
         self._folder.mkdir(parents=True, exist_ok=True)
 
+    @classmethod
+    def of(cls, encoder: Encoder, folder: Path) -> Cache:
+        """Of what an encoder makes of one file."""
+        return cls(lambda item: encoder.encode([item])[0], encoder.fingerprint, folder)
+
     def __call__(self, item: Path) -> FloatArray:
-        """The embedding (dim,) of a file."""
+        """The embedding of a file."""
         path = self._folder / f"{hashlib.sha256(item.read_bytes()).hexdigest()}.npy"
         if not path.is_file():
             partial = path.with_suffix(".partial")
             with open(partial, "wb") as file:
-                np.save(file, self._encoder.encode([item])[0])
+                np.save(file, self._embed(item))
             os.replace(partial, path)
         return np.asarray(np.load(path), dtype=np.float32)
 
 
-def fit_projection(features: FloatArray, path: Path) -> None:
-    """Writes the projection of ``project_speech``; the principal axes are stored as small integers."""
+def recordings_outside(stamps: list[Stamp], kept: Iterable[Path], languages: Sequence[str]) -> list[Path]:
+    """Distinct recordings of the excluded category, to fit projections on.
+
+    A few are in a split too, under another stamp: those take no part.
+    """
+    split = {path.read_bytes() for path in kept}
+    symbols = [stamp.recordings for stamp in stamps if stamp.category == EXCLUDED]
+    paths = [path for spoken in symbols for language, path in spoken.items() if language in languages]
+    return list({content: path for path in paths if (content := path.read_bytes()) not in split}.values())
+
+
+def fit_projection(features: FloatArray, path: Path, dim: int) -> None:
+    """Writes the statistics of ``project``; the ``dim`` principal axes are stored as small integers."""
     mean, deviation = features.mean(axis=0), features.std(axis=0)
     _, _, axes = np.linalg.svd((features - mean) / deviation, full_matrices=False)
-    axes = axes[:SPEECH_DIM]
+    axes = axes[:dim]
     axes *= np.sign(axes[np.arange(len(axes)), np.abs(axes).argmax(axis=1)])[:, None]
     step = np.abs(axes).max(axis=1) / LEVELS
     np.savez_compressed(
@@ -272,17 +288,13 @@ def main() -> int:
         print(f"build_stamps: {error}", file=sys.stderr)
         return 1
     kept = [stamp for stamp in stamps if stamp.category != EXCLUDED]
-    images = render_all(kept, Cache(embed["image"], options.work))
+    images = render_all(kept, Cache.of(embed["image"], options.work))
     kept = [stamp for stamp in kept if stamp.name in images]
-    hear = Cache(embed["audio"], options.work)
+    hear = Cache.of(embed["audio"], options.work)
     paths = {path: language for stamp in kept for language, path in stamp.recordings.items()}
     if options.refit or not PROJECTION.is_file():
-        # A few recordings are in both: what is in a split takes no part in the fit.
-        split = {path.read_bytes() for path in paths}
-        symbols = [p for s in stamps if s.category == EXCLUDED for p in s.recordings.values()]
-        distinct = {content: p for p in symbols if (content := p.read_bytes()) not in split}
-        rows = with_progress(list(distinct.values()), "speech of symbols", hear)
-        fit_projection(np.stack(list(rows.values())), PROJECTION)
+        rows = with_progress(recordings_outside(stamps, paths, LANGUAGES), "speech of symbols", hear)
+        fit_projection(np.stack(list(rows.values())), PROJECTION, SPEECH_DIM)
     features = with_progress(list(paths), "speech", hear)
     share = explained(features.values(), paths.values())
     print(f"variance of the kept recordings inside the projection: {share:.3f}")

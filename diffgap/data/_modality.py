@@ -36,8 +36,9 @@ class Modality:
     encoder: str = ""
 
     def gather(self, rows: torch.Tensor) -> torch.Tensor:
-        """Rows as float32, in new memory."""
-        return dequantize(self.data.index_select(0, rows), None if self.scale is None else self.scale[rows])
+        """Rows as float32, in new memory; zeros in the frames beyond a sequence's length, whatever is stored there."""
+        values = dequantize(self.data.index_select(0, rows), None if self.scale is None else self.scale[rows])
+        return values if self.lengths is None else without_padding(values, self.lengths[rows])
 
     def chunks(self) -> Iterator[torch.Tensor]:
         """Runs of row numbers, each of about 16 MB of float32."""
@@ -56,6 +57,11 @@ def dequantize(data: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
     """Stored values as float32: ``data * scale`` for int8 rows, a cast for the rest."""
     values = data.to(torch.float32)
     return values if scale is None else values * scale.view(-1, *([1] * (data.dim() - 1)))
+
+
+def without_padding(values: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    """Sequences (n, T, D) with zeros in the frames from ``lengths`` (n,) on."""
+    return values.masked_fill((torch.arange(values.shape[1]) >= lengths[:, None])[..., None], 0.0)
 
 
 def quantize(values: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -83,19 +89,15 @@ class RowCheck:
         self._sample: list[torch.Tensor] = []
 
     def add(self, values: torch.Tensor, lengths: torch.Tensor | None = None) -> None:
-        """Adds float32 rows (n, D) or (n, T, D), the latter with lengths (n,)."""
+        """Adds float32 rows (n, D) or (n, T, D), the latter with lengths (n,); padding does not count."""
+        values = values if lengths is None else without_padding(values, lengths)
         peak = values.flatten(1).abs().amax(1) if values.shape[0] else values.new_zeros(0)
         self.not_finite += int((~peak.isfinite()).sum())
         self.zero += int((peak == 0).sum())
         picked = torch.arange(-self._seen % self._stride, len(values), self._stride)
         self._seen += len(values)
         rows = values[picked]
-        if rows.dim() == 3:
-            mask = torch.ones(rows.shape[:2])
-            if lengths is not None:
-                mask = (torch.arange(rows.shape[1]) < lengths[picked][:, None]).float()
-            rows = torch.einsum("ntd,nt->nd", rows, mask)
-        self._sample.append(rows.double())
+        self._sample.append((rows.sum(1) if rows.dim() == 3 else rows).double())
 
     def finish(self, where: str) -> None:
         """Raises one ValueError with the count if the rows are degenerate."""

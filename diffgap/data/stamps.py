@@ -30,7 +30,7 @@ __all__ = ["MODALITIES", "NUM_SEEDS", "STAMPS_FOLDER", "load_stamps", "project_s
 
 STAMPS_FOLDER = Path(__file__).parent / "stamps"
 MODALITIES = ("audio", "text", "image")
-NUM_SEEDS = 10
+NUM_SEEDS = 20
 Split = Literal["concept", "folder"]
 
 
@@ -44,7 +44,7 @@ def load_stamps(
 
     ``split="concept"`` (default) keeps every English caption in one part; ``"folder"`` keeps every folder of
     the collection (birds, fruit, tools ...) in one part and is much harder for images. In both, captions that
-    share a recording or hold nearly the same one or the same picture are in one part too. ``seed`` 0..9 picks
+    share a recording or hold nearly the same one or the same picture are in one part too. ``seed`` 0..19 picks
     the list. ``center_languages`` subtracts from each recording the mean of the training recordings of its
     language, without which the languages are far apart and a linear map must spend itself on that.
 
@@ -71,7 +71,7 @@ def load_stamps(
         embeddings = stored.embeddings(name, first).numpy()
         if name == "audio" and center_languages:
             language, train = stored.column("language")[first], stored.column("split")[first] == "train"
-            embeddings = _subtract_means(embeddings, language, train)
+            embeddings = subtract_means(embeddings, language, train)
         # Rows of the file in the order of `first`.
         order = np.empty(len(first), dtype=np.int64)
         order[stored.rows(name)[first]] = np.arange(len(first))
@@ -88,20 +88,28 @@ def project_speech(features: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]
     "symbols" (letters, numbers, signs), which belong to no split, so that no concept of the set took part.
     Raises ValueError for another width.
     """
-    mean, deviation, basis = _projection()
+    return project(features, "speech_projection.npz", "WhisperSpeech")
+
+
+def project(features: npt.NDArray[np.float32], file: str, maker: str) -> npt.NDArray[np.float32]:
+    """``((x - mean) / deviation) @ basis`` with the statistics in a file of the stamps' folder.
+
+    Raises ValueError for another width than those of the features that ``maker`` gives.
+    """
+    mean, deviation, basis = _projection(file)
     if features.ndim != 2 or features.shape[1] != len(mean):
-        raise ValueError(f"features must have shape (n, {len(mean)}), from WhisperSpeech; got {features.shape}")
+        raise ValueError(f"features must have shape (n, {len(mean)}), from {maker}; got {features.shape}")
     return np.asarray(((features - mean) / deviation) @ basis, dtype=np.float32)
 
 
 @cache
-def _projection() -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32], npt.NDArray[np.float32]]:
-    """mean (3584,), deviation (3584,) and basis (3584, 1024)."""
-    with np.load(STAMPS_FOLDER / "speech_projection.npz", allow_pickle=False) as file:
+def _projection(name: str) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+    """mean (D,), deviation (D,) and basis (D, d)."""
+    with np.load(STAMPS_FOLDER / name, allow_pickle=False) as file:
         return file["mean"], file["deviation"], file["axes"].astype(np.float32).T * file["scale"]
 
 
-def _subtract_means(
+def subtract_means(
     rows: npt.NDArray[np.float32], labels: npt.NDArray[np.object_], train: npt.NDArray[np.bool_]
 ) -> npt.NDArray[np.float32]:
     """Rows less the mean of the training rows of the same label."""

@@ -5,8 +5,8 @@
                              `row_<modality>` int64 gives the row in that modality's file, -1 where it is
                              missing; without the column row i is row i
     <modality>.safetensors   "embeddings" (R, D) or (R, T, D), float32, float16, or int8 with "scale" (R,)
-                             float32; "lengths" (R,) int64 for sequences; encoder fingerprint and format
-                             version in the header
+                             float32; "lengths" (R,) int64 for sequences, what stands beyond them is
+                             read as zeros; encoder fingerprint and format version in the header
 
 Modality files are memory-mapped: opening costs one pass over them to refuse degenerate rows (``check=False``
 skips it), and gathering reads only the rows asked for. No pickle is read or written anywhere.

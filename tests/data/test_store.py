@@ -16,6 +16,7 @@ import diffgap.data.store as store_module
 from diffgap.data import EmbeddingStore, write_store
 
 ROWS, FILE_ROWS = 24, 10
+VIDEO_LENGTHS = torch.arange(FILE_ROWS) % 5 + 1
 
 
 @pytest.fixture
@@ -25,7 +26,8 @@ def audio() -> torch.Tensor:
 
 @pytest.fixture
 def video() -> torch.Tensor:
-    return torch.randn(FILE_ROWS, 5, 3, generator=torch.Generator().manual_seed(1))
+    values = torch.randn(FILE_ROWS, 5, 3, generator=torch.Generator().manual_seed(1))
+    return values * (torch.arange(5) < VIDEO_LENGTHS[:, None])[..., None]
 
 
 @pytest.fixture
@@ -40,7 +42,7 @@ def store(audio: torch.Tensor, video: torch.Tensor) -> EmbeddingStore:
             "caption": ["ein Hörbeispiel"] * (ROWS - 1) + [None],
             "row_video": [-1 if i % 12 == 0 else i // 3 for i in range(ROWS)],
         },
-        lengths={"video": [1 + i % 5 for i in range(FILE_ROWS)]},
+        lengths={"video": VIDEO_LENGTHS},
         encoders={"audio": "clap:abc"},
     )
 
@@ -362,3 +364,29 @@ def test_write_store_interrupted_leaves_the_old_store(
     with pytest.raises(KeyboardInterrupt):
         write_store(tmp_path / "new", store)
     assert [p.name for p in tmp_path.iterdir()] == ["store"]
+
+
+@pytest.mark.parametrize("garbage", [float("nan"), float("inf"), 1e4])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "int8"])
+def test_what_stands_beyond_a_length_never_matters(
+    store: EmbeddingStore, video: torch.Tensor, tmp_path: Path, dtype: str, garbage: float
+) -> None:
+    beyond = torch.arange(5) >= VIDEO_LENGTHS[:, None]
+    dirty = EmbeddingStore.from_arrays(
+        {"video": video.masked_fill(beyond[..., None], garbage)}, lengths={"video": VIDEO_LENGTHS}
+    )
+    clean = EmbeddingStore.from_arrays({"video": video}, lengths={"video": VIDEO_LENGTHS})
+    torch.testing.assert_close(dirty.embeddings("video"), video, rtol=0, atol=0)
+    # int8 takes its scale from the frames that are there.
+    one, two = (
+        EmbeddingStore.open(write_store(tmp_path / name, of, dtype=dtype)).embeddings("video")
+        for name, of in (("dirty", dirty), ("clean", clean))
+    )
+    torch.testing.assert_close(one, two, rtol=0, atol=0)
+
+
+def test_a_sequence_of_zeros_is_refused_whatever_its_padding_holds() -> None:
+    x = torch.randn(3, 4, 2)
+    x[1, :2] = 0.0
+    with pytest.raises(ValueError, match="1 of 3 embeddings are all zero"):
+        EmbeddingStore.from_arrays({"a": x}, lengths={"a": [4, 2, 3]})
