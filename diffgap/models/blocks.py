@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from diffgap.models.layers import Linear
+from diffgap.models.randomness import STREAM_BRANCHES, Dropout
 from diffgap.models.tokens import DenoiserConfig, sinusoidal_embedding
 from diffgap.ops.adaln import adaln
 from diffgap.ops.attention import attention
@@ -101,9 +102,13 @@ class DiTBlock(nn.Module):
     product makes that of all blocks, and a sampler can make it for all steps beforehand.
 
     Source: Peebles & Xie 2023, arXiv 2212.09748.
+
+    Args:
+        config: Shape.
+        number: Of the block in its network: no two blocks drop out the same elements.
     """
 
-    def __init__(self, config: DenoiserConfig) -> None:
+    def __init__(self, config: DenoiserConfig, number: int = 0) -> None:
         super().__init__()
         self.split = (config.heads, config.width // config.heads)
         self.qkv = Linear(config.width, 3 * config.width)
@@ -111,7 +116,8 @@ class DiTBlock(nn.Module):
         self.k_weight = nn.Parameter(torch.ones(self.split[1]))
         self.out = Linear(config.width, config.width)
         self.mlp = GatedMLP(config.width, config.mlp_ratio)
-        self.dropout = nn.Dropout(config.dropout)
+        self.attention_dropout = Dropout(config.dropout, STREAM_BRANCHES, 2 * number)
+        self.mlp_dropout = Dropout(config.dropout, STREAM_BRANCHES, 2 * number + 1)
 
     def forward(
         self,
@@ -120,6 +126,7 @@ class DiTBlock(nn.Module):
         *,
         context: Context | None = None,
         key_mask: Tensor | None = None,
+        seeds: Tensor | None = None,
     ) -> Residual:
         """Run the block.
 
@@ -129,6 +136,7 @@ class DiTBlock(nn.Module):
                 consecutive ones.
             context: what the tokens attend to beside themselves.
             key_mask: (B, N + M) bool, True = attend.
+            seeds: (B,) int64, decide the dropout; drawn if not given.
         """
         attention_shift, attention_scale, attention_gate, mlp_shift, mlp_scale, mlp_gate = rows.unbind(1)
         x, h = stream.normed(attention_shift, attention_scale)
@@ -136,6 +144,6 @@ class DiTBlock(nn.Module):
         q, own = qkv[:, :, 0], qkv[:, :, 1:]
         k, v = (own if context is None else context.beside(own)).unbind(2)
         mixed = attention(q, k, v, q_weight=self.q_weight, k_weight=self.k_weight, key_mask=key_mask)
-        stream = Residual(x, self.dropout(self.out(mixed.flatten(2))), attention_gate)
+        stream = Residual(x, self.attention_dropout(self.out(mixed.flatten(2)), seeds), attention_gate)
         x, h = stream.normed(mlp_shift, mlp_scale)
-        return Residual(x, self.dropout(self.mlp(h)), mlp_gate)
+        return Residual(x, self.mlp_dropout(self.mlp(h), seeds), mlp_gate)

@@ -17,8 +17,7 @@ import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import combinations
-from typing import Any, TypeAlias, cast
+from typing import Any, Literal, TypeAlias, cast
 
 import torch
 from huggingface_hub import PyTorchModelHubMixin
@@ -29,15 +28,29 @@ from typing_extensions import Self
 
 from diffgap._files import atomic_folder
 from diffgap.diffusion.sampler import Callback
-from diffgap.losses import gather_rows
+from diffgap.losses import mean_over_ranks
+from diffgap.models.contrastive import contrastive_loss
 from diffgap.models.contrastive_diffusion import ContrastiveDiffusion
 from diffgap.models.heads import IdentityHead, ProjectionHead, shared_space
+from diffgap.models.inputs import Inputs, everything, hidden, pool
+from diffgap.models.likelihood import information
 from diffgap.models.objective import frames_present
-from diffgap.models.scoring import Encoded, Scoring, score_features
+from diffgap.models.randomness import draw_seeds
+from diffgap.models.scoring import (
+    CANDIDATES,
+    Encoded,
+    Scoring,
+    dense_scores,
+    find_candidates,
+    rerank,
+    score_features,
+)
 from diffgap.models.settings import BridgeSettings
-from diffgap.ops import clip_loss, sample_seeds, siglip_loss
+from diffgap.ops import sample_seeds
+from diffgap.ops.random import check_seed
 
 Head: TypeAlias = ProjectionHead | IdentityHead
+Stage: TypeAlias = Literal["joint", "heads", "diffusion"]
 
 # Annotations here are real types, not strings: the hub mixin rebuilds `settings` from config.json by its annotation.
 
@@ -49,6 +62,9 @@ class DiffGAP(nn.Module, PyTorchModelHubMixin, library_name="diffgap", license="
         modalities: Width of each modality's embedding, e.g. ``{"audio": 512, "text": 512, "video": 512}``.
         settings: Everything else; :meth:`BridgeSettings.preset` has the paper's and the recommended ones.
         sequences: Modalities whose embeddings are sequences (B, T, D) rather than vectors (B, D).
+
+    ``stage`` says which losses :meth:`forward` makes: those of the heads, of the diffusion, or both (see
+    ``BridgeSettings.heads_first``).
 
     Embeddings are passed by modality name. A row that lacks a modality is marked in ``present`` and its values are
     ignored; frames beyond ``lengths`` likewise.
@@ -67,51 +83,95 @@ class DiffGAP(nn.Module, PyTorchModelHubMixin, library_name="diffgap", license="
         self.settings = settings = settings or BridgeSettings()
         self.modalities = tuple(sorted(modalities))  # the order of the denoiser's indices, whatever that of the dict
         self.sequences = tuple(sequences)
-        self._dims = dict(modalities)
-        _check_modalities(modalities, settings, self.sequences)
-        hidden = 2 * settings.width if settings.head == "mlp" else 0
+        self.inputs = Inputs(dict(modalities), self.sequences)
+        self.inputs.check_names(_RESERVED, settings.width if settings.head == "identity" else None)
+        inner = 2 * settings.width if settings.head == "mlp" else 0
         self.heads = nn.ModuleDict(
             {
                 name: IdentityHead()
                 if settings.head == "identity"
-                else ProjectionHead(dim, settings.width, hidden=hidden, dropout=settings.head_dropout)
+                else ProjectionHead(
+                    dim,
+                    settings.width,
+                    hidden=inner,
+                    dropout=settings.head_dropout,
+                    embeddings_per_input=settings.embeddings_per_input,
+                    number=self.modalities.index(name),
+                )
                 for name, dim in modalities.items()
             }
         )
-        self.logit_scale = nn.Parameter(torch.tensor(float(settings.init_logit_scale)).log())
-        self.logit_bias = nn.Parameter(torch.tensor(float(settings.init_logit_bias)))
+        # Vectors of one element: FSDP shards no scalars.
+        self.logit_scale = nn.Parameter(torch.tensor([float(settings.init_logit_scale)]).log())
+        self.logit_bias = nn.Parameter(torch.tensor([float(settings.init_logit_bias)]))
         self.logit_bias.requires_grad_(settings.contrastive == "siglip")
         self.diffusion = ContrastiveDiffusion(self.modalities, self.sequences, settings)
+        self.stage: Stage = "joint"
 
     def _head(self, modality: str) -> Head:
         return cast(Head, self.heads[modality])
 
     @torch.no_grad()
-    def fit(self, embeddings: Mapping[str, Tensor]) -> None:
+    def fit(
+        self,
+        embeddings: Mapping[str, Tensor],
+        *,
+        present: Mapping[str, Tensor] | None = None,
+        lengths: Mapping[str, Tensor] | None = None,
+    ) -> None:
         """Take statistics, and the heads' start under ``head_init="cca"``, from training data.
+
+        A modality's statistics are those of the rows, and frames, that it has. A sequence takes part in the CCA by the
+        mean of its frames; a modality that a row lacks, by its mean (see :func:`shared_space`).
 
         Args:
             embeddings: Every modality, (N, D) or (N, T, D); row i of all belongs together.
+            present: By modality, (N,) bool; all present by default.
+            lengths: By sequence modality, (N,) int64 frames; all T by default.
 
         Raises:
-            ValueError: A modality is missing, of another width, or of another number of rows; or there are no rows.
+            ValueError: A modality is missing, of another width, of another number of rows or in no row; or no row has
+                two modalities.
         """
-        rows = {len(x) for x in embeddings.values()}
-        if set(embeddings) != set(self.modalities) or len(rows) != 1 or 0 in rows:
-            shapes = ", ".join(f"{name} {tuple(x.shape)}" for name, x in embeddings.items())
-            raise ValueError(f"fit needs paired rows of {', '.join(self.modalities)}; got {shapes or 'nothing'}")
-        flat = {}
-        for name in self.modalities:
-            self._check(name, embeddings[name])
-            flat[name] = embeddings[name].flatten(0, -2)
-            self._head(name).fit(flat[name])
-        if self.settings.head == "linear" and self.settings.head_init == "cca" and not self.sequences:
-            heads = [cast(ProjectionHead, self.heads[name]) for name in self.modalities]
-            views = [head.standardise(flat[name]) for head, name in zip(heads, self.modalities, strict=True)]
-            for head, weight in zip(heads, shared_space(views, self.settings.width), strict=True):
-                head.start_from(weight)
+        if set(embeddings) != set(self.modalities):
+            raise ValueError(f"fit needs {', '.join(self.modalities)}; got {', '.join(embeddings) or 'nothing'}")
+        masks = self._masks(embeddings, self.inputs.masks(embeddings, present, lengths))
+        here = {name: frames_present(mask) for name, mask in masks.items()}
+        for name, rows in here.items():
+            if not rows.any():
+                raise ValueError(f"fit needs rows of every modality; none has {name}")
+        if torch.stack(list(here.values())).sum(0).max() < 2:
+            raise ValueError("fit needs rows that have two modalities; none has")
+        flat = {name: embeddings[name][masks[name]] for name in self.modalities}
         for name, x in flat.items():
-            self.diffusion.scaler(name).fit(self._head(name)(x, corrupt=False))
+            self._head(name).fit(x)
+        if self.settings.head == "linear" and self.settings.head_init == "cca":
+            heads = [cast(ProjectionHead, self.heads[name]) for name in self.modalities]
+            views = []
+            for head, name in zip(heads, self.modalities, strict=True):
+                view = hidden(head.standardise(embeddings[name]), masks[name])
+                if name in self.sequences:
+                    view = view.sum(1) / masks[name].sum(1, keepdim=True).clamp_min(1)
+                views.append(hidden(view - view[here[name]].mean(0), here[name]))
+            starts = shared_space(views, self.settings.width, [head.ridge for head in heads])
+            for head, weight in zip(heads, starts, strict=True):
+                head.start_from(weight)
+        self._fit_diffusion(embeddings, masks)
+
+    @torch.no_grad()
+    def fit_diffusion(
+        self,
+        embeddings: Mapping[str, Tensor],
+        *,
+        present: Mapping[str, Tensor] | None = None,
+        lengths: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """What :meth:`fit` takes for the diffusion, anew: once the heads have been trained. Arguments as there."""
+        self._fit_diffusion(embeddings, self._masks(embeddings, self.inputs.masks(embeddings, present, lengths)))
+
+    def _fit_diffusion(self, embeddings: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> None:
+        z = {name: self._head(name)(hidden(x, masks[name]), corrupt=False) for name, x in embeddings.items()}
+        self.diffusion.fit(z, masks)
 
     def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
         """Parameters for an optimizer: matrices with ``weight_decay``, vectors and scalars without.
@@ -131,7 +191,7 @@ class DiffGAP(nn.Module, PyTorchModelHubMixin, library_name="diffgap", license="
 
     def project(self, modality: str, x: Tensor) -> Tensor:
         """(B, D) or (B, T, D) embeddings of a modality as unit vectors (B, width) or (B, T, width)."""
-        self._check(modality, x)
+        self.inputs.check(modality, x)
         projected: Tensor = self._head(modality)(x)
         return projected
 
@@ -143,8 +203,14 @@ class DiffGAP(nn.Module, PyTorchModelHubMixin, library_name="diffgap", license="
         present: Mapping[str, Tensor] | None = None,
         lengths: Mapping[str, Tensor] | None = None,
         step: int = 0,
+        seeds: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """The losses of a batch of rows that belong together.
+
+        In training mode, where torch.distributed is initialised, over the rows of all processes, however many each has:
+        a process gets its share, and the mean of the shares (of their gradients, in ``DistributedDataParallel``) is the
+        loss of one process that holds all rows. All processes call it, with the same modalities. In evaluation mode the
+        losses are of this process's own rows.
 
         Args:
             embeddings: By modality, (B, D) or (B, T, D).
@@ -152,54 +218,43 @@ class DiffGAP(nn.Module, PyTorchModelHubMixin, library_name="diffgap", license="
             present: By modality, (B,) bool; all present by default.
             lengths: By sequence modality, (B,) int64 frames; all T by default.
             step: Training step; picks the direction of ``split="alternate"``.
+            seeds: (B,) int64, one a row. All that is random for a row follows from its seed alone. Drawn from torch's
+                generator by default.
 
         Returns:
             0-d tensors: "loss", what to minimise; "contrastive" and "diffusion", its parts (absent if not trained).
         """
-        masks = {name: self._mask(name, x, present, lengths) for name, x in embeddings.items()}
-        z = {name: self.project(name, x) for name, x in embeddings.items()}
+        self.inputs.check_rows(embeddings)
+        some = next(iter(embeddings.values()))
+        if seeds is None:
+            seeds = draw_seeds(len(some), some.device)
+        check_seed(seeds, len(some), some.device)
+        known = self.inputs.masks(embeddings, present, lengths)
+        embeddings = {name: hidden(x, known.get(name)) for name, x in embeddings.items()}
+        masks = self._masks(embeddings, known)
         losses: dict[str, Tensor] = {}
         total = self.logit_scale.new_zeros(())
-        if self.settings.contrastive != "none":
-            losses["contrastive"] = self._contrastive(z, masks, ids)
+        if self.settings.contrastive != "none" and self.stage != "diffusion":
+            z = {name: self._head(name)(x, seeds=seeds) for name, x in embeddings.items()}
+            scale = self.logit_scale.clamp(max=math.log(100.0)).exp()  # CLIP's own limit
+            losses["contrastive"] = contrastive_loss(
+                self.settings.contrastive, z, known, scale, self.logit_bias, ids, across_ranks=self.training
+            )
             total = total + self.settings.contrastive_weight * losses["contrastive"]
-        if self.settings.diffusion_weight:
-            conditions, targets = self._diffusion_sides(z, embeddings)
-            losses["diffusion"] = self.diffusion(targets, conditions, masks, step)
+        if self.settings.diffusion_weight and self.stage != "heads":
+            # Without the dropout that the contrastive loss needs: the diffusion learns what the heads give in use.
+            with torch.set_grad_enabled(torch.is_grad_enabled() and self.settings.diffusion_trains_heads):
+                z = {name: self._head(name)(x, corrupt=False) for name, x in embeddings.items()}
+            complete = not known and len(z) == len(self.modalities)
+            errors = self.diffusion(z, masks, seeds, step=step, complete=complete)
+            losses["diffusion"] = mean_over_ranks(errors) if self.training else errors.sum() / max(len(errors), 1)
             total = total + self.settings.diffusion_weight * losses["diffusion"]
         return {"loss": total, **losses}
 
-    def _contrastive(self, z: Mapping[str, Tensor], masks: Mapping[str, Tensor], ids: Tensor | None) -> Tensor:
-        """Mean contrastive loss over the pairs of modalities, each over the rows of all processes that have both."""
-        pooled = {name: gather_rows(_pool(x, masks[name])) for name, x in z.items()}
-        present = {name: gather_rows(frames_present(mask)) for name, mask in masks.items()}
-        ids = None if ids is None else gather_rows(ids)
-        scale = self.logit_scale.clamp(max=math.log(100.0)).exp()  # CLIP's own limit
-        losses = []
-        for first, second in combinations(z, 2):
-            rows = present[first] & present[second]
-            a, b = pooled[first][rows], pooled[second][rows]
-            pair_ids = None if ids is None else ids[rows]
-            if self.settings.contrastive == "clip":
-                losses.append(clip_loss(a, b, scale, ids_a=pair_ids, ids_b=pair_ids))
-            else:
-                losses.append(siglip_loss(a, b, scale, self.logit_bias, ids_a=pair_ids, ids_b=pair_ids))
-        return torch.stack(losses).mean()
-
-    def _diffusion_sides(
-        self, z: Mapping[str, Tensor], embeddings: Mapping[str, Tensor]
-    ) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
-        """Conditions and targets of the diffusion.
-
-        Dropout in the heads corrupts conditions, which keeps the bridge from learning pairs by heart; targets are what
-        the heads give in use.
-        """
-        targets = z
-        if self.training and self.settings.head_dropout:
-            targets = {name: self._head(name)(x, corrupt=False) for name, x in embeddings.items()}
-        if self.settings.diffusion_trains_heads:
-            return z, targets
-        return {name: x.detach() for name, x in z.items()}, {name: x.detach() for name, x in targets.items()}
+    @staticmethod
+    def _masks(embeddings: Mapping[str, Tensor], known: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The masks of all embeddings, of which ``known`` has those that are not all True."""
+        return {name: known[name] if name in known else everything(x) for name, x in embeddings.items()}
 
     @torch.no_grad()
     def sample(
@@ -208,8 +263,9 @@ class DiffGAP(nn.Module, PyTorchModelHubMixin, library_name="diffgap", license="
         *,
         num_samples: int = 1,
         seed: int = 0,
-        frames: int | None = None,
-        lengths: Tensor | None = None,
+        frames: int | Tensor | None = None,
+        lengths: Tensor | Mapping[str, Tensor] | None = None,
+        present: Mapping[str, Tensor] | None = None,
         steps: int | None = None,
         solver: str | None = None,
         guidance_scale: float | None = None,
@@ -218,55 +274,60 @@ class DiffGAP(nn.Module, PyTorchModelHubMixin, library_name="diffgap", license="
         cuda_graph: bool = False,
         **sources: Tensor,
     ) -> Tensor:
-        """Samples of ``target`` embeddings given those of another modality: ``bridge.sample("audio", text=x)``.
+        """Samples of ``target`` embeddings given those of others: ``bridge.sample("audio", text=x, image=y)``.
 
-        A sample depends on its embedding, ``seed`` and its number only, not on the batch.
+        A sample depends on its row's embeddings, ``seed`` and its number only, not on the batch.
 
         Args:
             target: Modality to sample.
             num_samples: K samples for each embedding.
             seed: Seed of the noise.
             steps, solver, guidance_scale: The settings' own if not given.
-            frames: Frames to sample of a sequence modality; the source's number by default.
-            lengths: (B,) frames of a source sequence; all by default.
+            frames: Frames to sample of a sequence modality, one number or (B,) int64; those of the source by default.
+            lengths: (B,) int64 frames of the source sequence, or of several by modality; all by default.
+            present: By source modality, (B,) bool; all present by default. A row with none is sampled unconditionally.
             callback: See :func:`diffgap.diffusion.sample`; called for every batch.
             batch_size: Samples drawn at a time.
             cuda_graph: On a GPU, record the loop as a CUDA graph for the first of several batches, and replay it for
                 the others; not with a callback.
-            sources: One modality and its embeddings (B, D) or (B, T, D), as its encoder gives them.
+            sources: Modalities and their embeddings (B, D) or (B, T, D), as their encoders give them. Several ask for
+                ``settings.sources = "any"`` in training.
 
         Returns:
-            (B, K, width), or (B, K, frames, width): unit vectors of the contrastive space.
+            (B, K, width), or (B, K, frames, width): unit vectors of the contrastive space; zeros beyond a row's frames.
 
         Raises:
-            ValueError: An unknown modality, not exactly one source, or an option out of range.
+            ValueError: An unknown modality, no source, or an option out of range.
         """
-        source, x = self._only(target, sources)
+        self.inputs.check_sources(target, sources)
         if num_samples < 1:
             raise ValueError(f"num_samples is {num_samples}; use 1 or more")
-        shape: tuple[int, ...] = (self.settings.width,)
-        if target in self.sequences:
-            frames = frames or (x.shape[1] if x.dim() == 3 else 0)
-            if frames < 1:
-                raise ValueError(f"frames is not given; {target!r} is a sequence and {source!r} has no frames to copy")
-            shape = (frames, self.settings.width)
+        some = next(iter(sources.values()))
+        by_name = self.inputs.lengths_by_name(lengths, sources)
+        masks = self.inputs.masks(sources, present, by_name)
+        count, target_mask = self.inputs.target_frames(target, frames, sources, by_name)
+        shape = (self.settings.width,) if count is None else (count, self.settings.width)
         generator = torch.Generator().manual_seed(seed)
-        seeds = sample_seeds(len(x) * num_samples, generator).view(len(x), num_samples).to(x.device)
+        seeds = sample_seeds(len(some) * num_samples, generator).view(len(some), num_samples).to(some.device)
         with _evaluating(self):
-            z = self.project(source, x)
-            mask = _frame_mask(z, lengths) if z.dim() == 3 else None
+            z = {name: self.project(name, hidden(x, masks.get(name))) for name, x in sources.items()}
             return self.diffusion.sample(
-                source, z, mask, target, shape, seeds,
-                solver=solver, steps=steps, guidance_scale=guidance_scale,
+                z, masks, target, shape, seeds,
+                frames=target_mask, solver=solver, steps=steps, guidance_scale=guidance_scale,
                 callback=callback, batch_size=batch_size, cuda_graph=cuda_graph,
             )  # fmt: skip
 
-    def translate(self, target: str, *, num_samples: int | None = None, **options: Any) -> Tensor:
-        """Mean direction of ``num_samples`` samples, (B, width) or (B, frames, width); options as in :meth:`sample`.
+    def translate(
+        self, target: str, *, num_samples: int | None = None, steps: int | None = None, **options: Any
+    ) -> Tensor:
+        """Mean direction of samples, (B, width) or (B, frames, width); options as in :meth:`sample`.
 
-        A sample is one plausible embedding; their mean has the highest expected cosine with the true one.
+        A sample is one plausible embedding; their mean has the highest expected cosine with the true one. The
+        settings' ``translate_steps`` and ``num_samples`` hold where none are given: one step of one sample under the
+        recommended preset, whose denoiser predicts that mean outright from pure noise.
         """
-        samples = self.sample(target, num_samples=num_samples or self.settings.num_samples, **options)
+        steps = steps or self.settings.translate_steps
+        samples = self.sample(target, num_samples=num_samples or self.settings.num_samples, steps=steps, **options)
         return F.normalize(samples.mean(1), dim=-1)
 
     @torch.no_grad()
@@ -276,23 +337,42 @@ class DiffGAP(nn.Module, PyTorchModelHubMixin, library_name="diffgap", license="
         Sequences are pooled over their frames. Options as in :meth:`translate`.
         """
         with _evaluating(self):
-            own = self.project(modality, x)
-        lengths = options.get("lengths")
-        own = _pool(own, _frame_mask(own, lengths)) if own.dim() == 3 else own
+            z = self.project(modality, x)
+        lengths = self.inputs.lengths_by_name(options.get("lengths"), {modality: x})
+        mask = self.inputs.masks({modality: x}, None, lengths).get(modality)
         options[modality] = x
         bridged = self.translate(to, **options)
-        return Encoded(own, F.normalize(bridged.mean(1), dim=-1) if bridged.dim() == 3 else bridged)
+        bridged = F.normalize(bridged.mean(1), dim=-1) if bridged.dim() == 3 else bridged
+        return Encoded(pool(z, mask), bridged, *((hidden(z, mask), mask) if z.dim() == 3 else ()))
 
-    def score(self, *, scoring: Scoring = "fusion", alpha: float = 1.0, **pair: Tensor) -> Tensor:
+    def score(
+        self,
+        *,
+        scoring: Scoring = "fusion",
+        alpha: float = 1.0,
+        beta: float = 0.5,
+        candidates: int = CANDIDATES,
+        **pair: Tensor,
+    ) -> Tensor:
         """Scores (N, M) of N queries against M gallery items: ``bridge.score(text=queries, audio=gallery)``.
 
-        See :func:`score_features` for the formula; it also gives the features of a streaming search.
+        Args:
+            scoring: See :func:`score_features` for the formulas; it also gives the features of a streaming search.
+            alpha: Weight of the bridged cosines in "fusion" and "rerank".
+            beta: Weight of :func:`information` in "rerank", which reorders the best ``candidates`` of every query.
+            pair: The queries' modality first.
         """
         if len(pair) != 2:
             raise ValueError(f"score takes two modalities, the queries' first; got {', '.join(pair) or 'none'}")
         (source, query), (target, gallery) = pair.items()
-        q, g = score_features(self.encode(source, query, target), self.encode(target, gallery, source), scoring, alpha)
-        return q @ g.T
+        encoded = self.encode(source, query, target), self.encode(target, gallery, source)
+        q, g = score_features(*encoded, scoring, alpha)
+        if scoring != "rerank":
+            return q @ g.T
+        found = find_candidates(q, g, candidates)
+        with _evaluating(self):
+            shared = information(self.diffusion, encoded[0].side(source), encoded[1].side(target), found.indices)
+        return dense_scores(q, g, rerank(found, shared, beta))
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **options: Any) -> str | None:
         """Write weights (safetensors) and configuration (JSON) to a folder, whole or not at all."""
@@ -319,45 +399,6 @@ class DiffGAP(nn.Module, PyTorchModelHubMixin, library_name="diffgap", license="
             ) from error
         return model.eval()
 
-    def _only(self, target: str, sources: Mapping[str, Tensor]) -> tuple[str, Tensor]:
-        self._known(target)
-        example = next(name for name in self.modalities if name != target)
-        if len(sources) != 1:
-            raise ValueError(
-                f"give exactly one source modality beside target {target!r}, e.g. {example}=...; "
-                f"got {', '.join(sources) or 'none'}"
-            )
-        ((source, x),) = sources.items()
-        self._check(source, x)
-        if source == target:
-            raise ValueError(f"source and target are both {target!r}; use another source, e.g. {example}")
-        return source, x
-
-    def _known(self, modality: str) -> None:
-        if modality not in self.modalities:
-            raise ValueError(f"modality {modality!r} is unknown to this bridge; it has {', '.join(self.modalities)}")
-
-    def _check(self, modality: str, x: Tensor) -> None:
-        self._known(modality)
-        dim = self._dims[modality]
-        expected = "(B, T, D)" if modality in self.sequences else "(B, D)"
-        if x.dim() != len(expected.split(",")) or x.shape[-1] != dim:
-            raise ValueError(f"{modality} has shape {tuple(x.shape)}; this bridge takes {expected} with D = {dim}")
-
-    def _mask(
-        self,
-        name: str,
-        x: Tensor,
-        present: Mapping[str, Tensor] | None,
-        lengths: Mapping[str, Tensor] | None,
-    ) -> Tensor:
-        """(B,) or (B, T) bool: the vectors or frames that are there."""
-        here = (present or {}).get(name)
-        here = torch.ones(len(x), dtype=torch.bool, device=x.device) if here is None else here
-        if name not in self.sequences:
-            return here
-        return _frame_mask(x, (lengths or {}).get(name)) & here[:, None]
-
 
 @contextmanager
 def _evaluating(module: nn.Module) -> Iterator[None]:
@@ -372,33 +413,3 @@ def _evaluating(module: nn.Module) -> Iterator[None]:
 
 #: Modalities are passed to these methods by name, beside their options.
 _RESERVED = {*inspect.signature(DiffGAP.sample).parameters, *inspect.signature(DiffGAP.score).parameters} - {"sources"}
-
-
-def _check_modalities(modalities: Mapping[str, int], settings: BridgeSettings, sequences: Sequence[str]) -> None:
-    if len(modalities) < 2:
-        raise ValueError(f"modalities has {len(modalities)} entries; a bridge needs two or more, e.g. audio and text")
-    for name, dim in modalities.items():
-        if not name.isidentifier() or name in _RESERVED:
-            raise ValueError(
-                f"modality name {name!r} is no identifier or an option of sample(); use letters and digits"
-            )
-        if dim < 1:
-            raise ValueError(f"modality {name!r} has width {dim}; use 1 or more")
-        if settings.head == "identity" and dim != settings.width:
-            raise ValueError(
-                f"head 'identity' needs width {settings.width} of every modality, but {name!r} has {dim}; "
-                "use head='linear' or change settings.width"
-            )
-    for name in sequences:
-        if name not in modalities:
-            raise ValueError(f"sequences names {name!r}, which is not among the modalities {', '.join(modalities)}")
-
-
-def _frame_mask(x: Tensor, lengths: Tensor | None) -> Tensor:
-    frames = torch.arange(x.shape[1], device=x.device)
-    return (frames < lengths.to(x.device)[:, None]) if lengths is not None else frames.expand(len(x), -1) >= 0
-
-
-def _pool(z: Tensor, mask: Tensor) -> Tensor:
-    """Unit mean over the frames that are there; a vector as it is."""
-    return z if z.dim() == 2 else F.normalize((z * mask[..., None]).sum(1), dim=-1)

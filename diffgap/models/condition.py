@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from diffgap.models.blocks import ROWS_PER_BLOCK, Context, DiTBlock, Residual
 from diffgap.models.layers import Linear
+from diffgap.models.linear_gaussian import LinearGaussian
 from diffgap.models.tokens import DenoiserConfig, Tokenizer, modality_index
 
 
@@ -31,6 +32,11 @@ class Condition(NamedTuple):
     source: int | Tensor
     mask: Tensor | None = None
 
+    def rows(self, index: Tensor) -> Condition:
+        """Those of some samples."""
+        source = self.source if isinstance(self.source, int) else self.source[index]
+        return Condition(self.embedding[index], source, None if self.mask is None else self.mask[index])
+
 
 class EncodedCondition(NamedTuple):
     """What the denoiser needs of its conditions, the same at every timestep.
@@ -40,11 +46,14 @@ class EncodedCondition(NamedTuple):
         mask: (B, N) bool, True = attend, or ``None``: all.
         sources: (B, modalities), 1 where the sample is conditioned on the modality; a row of zeros is
             unconditional.
+        means: (B, modalities, D) float32, what :class:`~diffgap.models.linear_gaussian.LinearGaussian` expects of
+            each modality.
     """
 
     contexts: tuple[Context, ...]
     mask: Tensor | None
     sources: Tensor
+    means: Tensor
 
     def repeat(self, times: int) -> EncodedCondition:
         """Each sample ``times`` times in a row: several draws for one condition."""
@@ -52,6 +61,30 @@ class EncodedCondition(NamedTuple):
             tuple(Context(kv.repeat_interleave(times, 0), room) for kv, room in self.contexts),
             None if self.mask is None else self.mask.repeat_interleave(times, 0),
             self.sources.repeat_interleave(times, 0),
+            self.means.repeat_interleave(times, 0),
+        )
+
+    def rows(self, index: Tensor) -> EncodedCondition:
+        """Those of some samples."""
+        return EncodedCondition(
+            tuple(Context(kv[index], room) for kv, room in self.contexts),
+            None if self.mask is None else self.mask[index],
+            self.sources[index],
+            self.means[index],
+        )
+
+    @staticmethod
+    def cat(parts: Sequence[EncodedCondition]) -> EncodedCondition:
+        """All of several, encoded apart, with masks all or none."""
+        masks = [part.mask for part in parts if part.mask is not None]
+        return EncodedCondition(
+            tuple(
+                Context(torch.cat([kv for kv, _ in block]), block[0].room)
+                for block in zip(*(part.contexts for part in parts), strict=True)
+            ),
+            torch.cat(masks) if masks else None,
+            torch.cat([part.sources for part in parts]),
+            torch.cat([part.means for part in parts]),
         )
 
     def with_room(self, tokens: int) -> EncodedCondition:
@@ -74,24 +107,32 @@ class ConditionEncoder(nn.Module):
         self.config = config
         self.tokens = Tokenizer(config)
         self.null_token = nn.Parameter(torch.randn(config.width) * 0.02)
-        self.blocks = nn.ModuleList(DiTBlock(config) for _ in range(config.condition_depth))
+        self.blocks = nn.ModuleList(DiTBlock(config, number) for number in range(config.condition_depth))
         # The modulation of these blocks and of the final norm is learned outright; their gates start open.
         rows = torch.zeros(ROWS_PER_BLOCK * config.condition_depth + 2, config.width)
         rows[2:-2:3] = 1.0
         self.rows = nn.Parameter(rows)
         self.keys_values = Linear(config.width, 2 * config.depth * config.width)
+        self.linear_gaussian = LinearGaussian(len(config.kinds), config.embedding_dim)
 
-    def forward(self, conditions: Sequence[Condition], batch_size: int, drop: Tensor | None = None) -> EncodedCondition:
+    def forward(
+        self,
+        conditions: Sequence[Condition],
+        batch_size: int,
+        drop: Tensor | None = None,
+        seeds: Tensor | None = None,
+    ) -> EncodedCondition:
         """Encode ``conditions``; a sample with nothing present, or dropped, has one null token instead."""
         tokens, mask, sources = self._gather(conditions, batch_size, drop)
         stream = Residual(tokens)
         *rows, final = self.rows.to(tokens.dtype).unsqueeze(0).split(ROWS_PER_BLOCK, 1)
         for block, own_rows in zip(self.blocks, rows, strict=True):
-            stream = block(stream, own_rows, key_mask=mask)
+            stream = block(stream, own_rows, key_mask=mask, seeds=seeds)
         _, h = stream.normed(*final.unbind(1))
         depth, heads, width = self.config.depth, self.config.heads, self.config.width
         per_block = self.keys_values(h).unflatten(-1, (depth, 2, heads, width // heads)).unbind(2)
-        return EncodedCondition(tuple(Context(kv) for kv in per_block), mask, sources)
+        means = self.linear_gaussian.means(conditions, sources)
+        return EncodedCondition(tuple(Context(kv) for kv in per_block), mask, sources, means)
 
     def _gather(
         self, conditions: Sequence[Condition], batch_size: int, drop: Tensor | None

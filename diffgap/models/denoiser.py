@@ -13,12 +13,27 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from diffgap.diffusion.schedule import NoiseSchedule
 from diffgap.models.blocks import ROWS_PER_BLOCK, DiTBlock, Residual, TimestepEmbedding
 from diffgap.models.condition import Condition, ConditionEncoder, EncodedCondition
 from diffgap.models.layers import Linear
+from diffgap.models.linear_gaussian import posterior_coefficients
 from diffgap.models.tokens import DenoiserConfig, Kind, TokenHead, Tokenizer, modality_index
 
 __all__ = ["Condition", "Denoiser", "DenoiserConfig", "EncodedCondition", "StepRows"]
+
+
+class Modulation(NamedTuple):
+    """How a denoiser works at given times and in given directions.
+
+    Attributes:
+        rows: (G, R, width), what modulates the blocks and the final norm, for G groups of consecutive samples.
+        terms: (G, 3), the factors of the noisy embedding, of its expected value and of the network's output in the
+            prediction; ``None`` for a network that predicts alone.
+    """
+
+    rows: Tensor
+    terms: Tensor | None
 
 
 class StepRows(NamedTuple):
@@ -26,36 +41,51 @@ class StepRows(NamedTuple):
 
     Attributes:
         rows: (S, P, R, width), for P distinct directions.
+        terms: (S, P, 3), or ``None``.
         direction: (B,) int64, the direction of each sample; ``None`` if they are P equal groups, in order.
     """
 
     rows: Tensor
+    terms: Tensor | None
     direction: Tensor | None
 
-    def at(self, step: int) -> Tensor:
-        """The modulation of one step, (B, R, width) or (P, R, width)."""
-        rows = self.rows[step]
-        return rows if self.direction is None else rows.index_select(0, self.direction)
+    def at(self, step: int) -> Modulation:
+        """The modulation of one step, for B samples or P groups of them."""
+        rows, terms = self.rows[step], None if self.terms is None else self.terms[step]
+        if self.direction is None:
+            return Modulation(rows, terms)
+        own = None if terms is None else terms.index_select(0, self.direction)
+        return Modulation(rows.index_select(0, self.direction), own)
 
 
 class Denoiser(nn.Module):
     """What the schedule asks for (noise, x0, v), from a noisy embedding and embeddings of other modalities.
 
     :meth:`forward` encodes the condition, makes the modulation and denoises; a sampler calls
-    :meth:`encode_condition` and :meth:`precompute` once, and :meth:`denoise` at every step. The output is
+    :meth:`encode_condition` and :meth:`precompute` once, and :meth:`denoise` at every step. The network's output is
     zero at initialisation.
+
+    Args:
+        config: Shape.
+        schedule: Noise levels and prediction type; the network then corrects the best linear denoiser
+            (:mod:`~diffgap.models.linear_gaussian`). Without, it predicts alone.
     """
 
-    def __init__(self, config: DenoiserConfig) -> None:
+    levels: Tensor
+
+    def __init__(self, config: DenoiserConfig, schedule: NoiseSchedule | None = None) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.prediction = config, None if schedule is None else schedule.prediction_type
+        if schedule is not None:
+            levels = torch.stack((schedule.times, schedule.alphas, schedule.sigmas))
+            self.register_buffer("levels", levels.float(), persistent=False)
         self.tokens = Tokenizer(config)
         self.condition = ConditionEncoder(config)
         self.time = TimestepEmbedding(config.width)
         self.target = nn.Embedding(len(config.kinds), config.width)
         self.source = nn.Embedding(len(config.kinds), config.width)
         self.rows = Linear(config.width, (ROWS_PER_BLOCK * config.depth + 2) * config.width)
-        self.blocks = nn.ModuleList(DiTBlock(config) for _ in range(config.depth))
+        self.blocks = nn.ModuleList(DiTBlock(config, config.condition_depth + number) for number in range(config.depth))
         self.head = TokenHead(config)
         self._initialise()
 
@@ -79,6 +109,7 @@ class Denoiser(nn.Module):
         *,
         mask: Tensor | None = None,
         drop: Tensor | None = None,
+        seeds: Tensor | None = None,
     ) -> Tensor:
         """The prediction for noisy embeddings.
 
@@ -89,6 +120,7 @@ class Denoiser(nn.Module):
             conditions: none (unconditional), or several, seen together.
             mask: (B, T) bool for sequences, True where there is a frame; the prediction is zero elsewhere.
             drop: (B,) bool, True hides all conditions of the sample (classifier-free guidance).
+            seeds: (B,) int64, decide each sample's dropout in training; drawn if not given.
 
         Returns:
             The shape of ``noisy``.
@@ -97,11 +129,17 @@ class Denoiser(nn.Module):
             ValueError: an embedding, mask, ``t`` or ``drop`` of the wrong shape, or an unknown modality.
         """
         self._check("noisy", noisy, target, mask, len(noisy))
-        encoded = self.encode_condition(conditions, len(noisy), drop=drop)
-        return self.denoise(noisy, target, self.modulation(t, target, encoded.sources), encoded, mask=mask)
+        encoded = self.encode_condition(conditions, len(noisy), drop=drop, seeds=seeds)
+        modulation = self.modulation(t, target, encoded.sources)
+        return self.denoise(noisy, target, modulation, encoded, mask=mask, seeds=seeds)
 
     def encode_condition(
-        self, conditions: Sequence[Condition], batch_size: int, *, drop: Tensor | None = None
+        self,
+        conditions: Sequence[Condition],
+        batch_size: int,
+        *,
+        drop: Tensor | None = None,
+        seeds: Tensor | None = None,
     ) -> EncodedCondition:
         """What :meth:`denoise` needs of the conditions, at any timestep; arguments as in :meth:`forward`.
 
@@ -111,11 +149,11 @@ class Denoiser(nn.Module):
             self._check(f"conditions[{i}]", embedding, source, present, batch_size)
         if drop is not None and (drop.shape != (batch_size,) or drop.dtype != torch.bool):
             raise ValueError(f"drop is {drop.dtype} {tuple(drop.shape)}; pass bool ({batch_size},), one a sample")
-        encoded: EncodedCondition = self.condition(conditions, batch_size, drop)
+        encoded: EncodedCondition = self.condition(conditions, batch_size, drop, seeds)
         return encoded
 
-    def modulation(self, t: Tensor, target: int | Tensor, sources: Tensor) -> Tensor:
-        """Modulation of the blocks and the final norm, (B, 6 * depth + 2, width), from time and direction.
+    def modulation(self, t: Tensor, target: int | Tensor, sources: Tensor) -> Modulation:
+        """Modulation of the B samples, with R = 6 * depth + 2 rows, from time and direction.
 
         Args:
             t: (B,) timesteps.
@@ -129,7 +167,18 @@ class Denoiser(nn.Module):
         rows: Tensor = self.rows(F.silu(drive)).unflatten(
             -1, (ROWS_PER_BLOCK * self.config.depth + 2, self.config.width)
         )
-        return rows
+        return Modulation(rows, self._terms(t, target, sources))
+
+    def _terms(self, t: Tensor, target: Tensor, sources: Tensor) -> Tensor | None:
+        """(B, 3), see :class:`Modulation`; between the schedule's times its levels are interpolated."""
+        if self.prediction is None:
+            return None
+        times, alpha, sigma = self.levels
+        upper = torch.searchsorted(times, t.to(times).contiguous()).clamp(1, len(times) - 1)
+        share = ((t.to(times) - times[upper - 1]) / (times[upper] - times[upper - 1])).clamp(0, 1)
+        alpha, sigma = (torch.lerp(level[upper - 1], level[upper], share) for level in (alpha, sigma))
+        variance = self.condition.linear_gaussian.variance[target, sources.any(1).long()]
+        return torch.stack(posterior_coefficients(alpha, sigma, variance, self.prediction), 1)
 
     def precompute(self, timesteps: Tensor, target: int | Tensor, sources: Tensor) -> StepRows:
         """:meth:`modulation` at each of ``timesteps`` (S,), computed once for each distinct direction."""
@@ -141,27 +190,31 @@ class Denoiser(nn.Module):
         steps, count = len(timesteps), len(directions)
         every = directions.repeat(steps)
         given = (every.unsqueeze(1) >> bits & 1).to(sources.dtype)
-        rows = self.modulation(timesteps.repeat_interleave(count), every >> len(bits), given)
-        rows = rows.unflatten(0, (steps, count))
+        made = self.modulation(timesteps.repeat_interleave(count), every >> len(bits), given)
+        rows, terms = (None if x is None else x.unflatten(0, (steps, count)) for x in made)
+        assert rows is not None
         if len(inverse) and len(inverse) % count == 0:
             groups = inverse.view(count, -1)
             if bool((groups == groups[:, :1]).all()):
-                return StepRows(rows[:, groups[:, 0]], None)
-        return StepRows(rows, inverse)
+                first = groups[:, 0]
+                return StepRows(rows[:, first], None if terms is None else terms[:, first], None)
+        return StepRows(rows, terms, inverse)
 
     def denoise(
         self,
         noisy: Tensor,
         target: int | Tensor,
-        rows: Tensor,
+        modulation: Modulation,
         encoded: EncodedCondition,
         *,
         mask: Tensor | None = None,
+        seeds: Tensor | None = None,
     ) -> Tensor:
-        """The prediction from modulation ``rows`` and an ``encoded`` condition; else as :meth:`forward`.
+        """The prediction from a modulation and an ``encoded`` condition; else as :meth:`forward`.
 
-        ``rows`` are those of each sample, or of groups of equally many consecutive samples.
+        The modulation is that of each sample, or of groups of equally many consecutive samples.
         """
+        rows, terms = modulation
         self._check("noisy", noisy, target, mask, len(encoded.sources))
         if len(noisy) % max(len(rows), 1):
             raise ValueError(f"rows has {len(rows)} groups; pass a number that divides the {len(noisy)} samples")
@@ -170,9 +223,11 @@ class Denoiser(nn.Module):
         *block_rows, final = rows.split(ROWS_PER_BLOCK, 1)
         key_mask = _joint_mask(tokens, mask, encoded)
         for block, own_rows, context in zip(self.blocks, block_rows, encoded.contexts, strict=True):
-            stream = block(stream, own_rows, context=context, key_mask=key_mask)
+            stream = block(stream, own_rows, context=context, key_mask=key_mask, seeds=seeds)
         _, h = stream.normed(*final.unbind(1))
         output: Tensor = self.head(h, pooled=noisy.ndim == 2)
+        if terms is not None:
+            output = _corrected(output, noisy, encoded.means, target, terms)
         return output if mask is None else output.masked_fill(~mask.unsqueeze(-1), 0.0)
 
     def _check(
@@ -192,6 +247,18 @@ class Denoiser(nn.Module):
             raise ValueError(f"{name} has shape {shape}, a {kind}; modality {modality} of {kinds} is not one")
         if mask is not None and (mask.shape != shape[:-1] or mask.dtype != torch.bool):
             raise ValueError(f"the mask of {name} is {mask.dtype} {tuple(mask.shape)}; pass bool {shape[:-1]}")
+
+
+def _corrected(output: Tensor, noisy: Tensor, means: Tensor, target: int | Tensor, terms: Tensor) -> Tensor:
+    """``a noisy + b mean + g output``, with (a, b, g) of groups of consecutive samples."""
+    if isinstance(target, int):
+        mean = means[:, target]
+    else:
+        mean = means.gather(1, target.view(-1, 1, 1).expand(-1, 1, means.shape[2])).squeeze(1)
+    mean = mean if noisy.ndim == 2 else mean.unsqueeze(1)
+    own = terms.repeat_interleave(len(noisy) // max(len(terms), 1), 0)
+    a, b, g = own.view(-1, 3, *(1,) * (noisy.ndim - 1)).unbind(1)
+    return (a * noisy + b * mean + g * output).to(output.dtype)
 
 
 def _joint_mask(tokens: Tensor, mask: Tensor | None, encoded: EncodedCondition) -> Tensor | None:

@@ -11,6 +11,8 @@ SplitMode = Literal["alternate", "half", "random", "joint"]
 Contrastive = Literal["clip", "siglip", "none"]
 Head = Literal["linear", "mlp", "identity"]
 HeadInit = Literal["cca", "random"]
+Precondition = Literal["gaussian", "none"]
+Sources = Literal["single", "any"]
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,13 @@ class BridgeSettings:
     head_init: HeadInit = "cca"
     """How fitting starts the heads: regularised CCA of the training pairs, or at random. CCA measured better."""
     head_dropout: float = 0.5
-    """Dropout on the heads' inputs. Without it, a few thousand pairs are learnt by heart."""
+    """Least dropout on the heads' inputs. Without it, a few thousand pairs are learnt by heart."""
+    embeddings_per_input: float = 3.0
+    """Dropout grows until a modality has this many distinct training embeddings for each input that is left; 0 for
+    `head_dropout` alone. A few hundred pictures of 1,280 coordinates need .88, thousands of recordings .5."""
+    heads_first: float = 1 / 3
+    """Share of the training steps in which the heads are trained alone; for the rest they are frozen and the diffusion
+    is trained, from the best linear denoiser of what they give. 0 trains all together, as the paper does."""
     head_learning_rate: float = 0.3
     """Learning rate of the heads, in units of the trainer's: from a CCA start they need to move only a little."""
     contrastive: Contrastive = "clip"
@@ -44,6 +52,9 @@ class BridgeSettings:
     """Noise levels of the schedule."""
     prediction: Prediction = "sample"
     """What the denoiser predicts. The paper trains epsilon; sample (x0) measured better on embeddings."""
+    precondition: Precondition = "gaussian"
+    """What the network's output is added to: the best linear denoiser of the training pairs, or nothing. Learnt from a
+    few hundred concepts alone, the network is worse than ridge regression."""
     scaling: EmbeddingScaling = "sqrt_dim"
     """Unit vectors have coordinates of 1/sqrt(width), invisible beside unit noise: scaled or whitened first."""
     zero_terminal_snr: bool = False
@@ -53,6 +64,12 @@ class BridgeSettings:
     split: SplitMode = "random"
     """Bidirectional split training: one direction a step in turn (the paper's), a share of the batch for each
     direction, a random direction per sample, or every direction for every sample."""
+    sources: Sources = "single"
+    """Whether training shows one source modality at a time, or any set of those a row has. One by default: retrieval
+    asks with one, and of two modalities there is no other set."""
+    directions: str = "* -> *"
+    """Directions that are trained, "source -> target", several separated by commas, * for any modality. All of them
+    by default: both ways is what the paper argues for, and scoring uses both."""
     diffusion_weight: float = 1.0
     """lambda in L = L_contrastive + lambda * mean over directions of L_diffusion."""
     diffusion_trains_heads: bool = False
@@ -77,27 +94,39 @@ class BridgeSettings:
     """Default number of sampling steps."""
     guidance_scale: float = 1.0
     """Default guidance; 1 is none."""
-    num_samples: int = 16
-    """Samples averaged into the conditional mean that retrieval uses."""
+    translate_steps: int = 1
+    """Sampling steps of a translation. From pure noise, one step of a denoiser that predicts x0 gives the conditional
+    mean, which the mean of many finished samples only estimates."""
+    num_samples: int = 1
+    """Samples averaged into a translation; more than one helps only where steps are not 1."""
 
     def __post_init__(self) -> None:
         for name, allowed in (
             ("head", Head),
             ("head_init", HeadInit),
+            ("precondition", Precondition),
             ("contrastive", Contrastive),
             ("schedule", ScheduleKind),
             ("prediction", Prediction),
             ("scaling", EmbeddingScaling),
             ("split", SplitMode),
+            ("sources", Sources),
         ):
             if getattr(self, name) not in get_args(allowed):
                 options = ", ".join(get_args(allowed))
                 raise ValueError(f"settings.{name} is {getattr(self, name)!r}; use one of {options}")
-        for name in ("width", "tokens", "denoiser_width", "depth", "heads", "sampling_steps", "num_samples"):
+        counts = "width tokens denoiser_width depth heads sampling_steps translate_steps num_samples"
+        for name in counts.split():
             if getattr(self, name) < 1:
                 raise ValueError(f"settings.{name} is {getattr(self, name)}; use 1 or more")
         if self.width % self.tokens:
             raise ValueError(f"settings.width {self.width} is not a multiple of settings.tokens {self.tokens}")
+        if any(len(pair) != 2 or not all(pair) for pair in self._directions()):
+            raise ValueError(f"settings.directions is {self.directions!r}; write e.g. 'audio -> text' or '* -> audio'")
+        if not 0 <= self.heads_first < 1:
+            raise ValueError(f"settings.heads_first is {self.heads_first}; use a share in [0, 1)")
+        if not self.embeddings_per_input >= 0:
+            raise ValueError(f"settings.embeddings_per_input is {self.embeddings_per_input}; use 0 or more")
         if not 0 <= self.condition_dropout < 1:
             raise ValueError(f"settings.condition_dropout is {self.condition_dropout}; use a value in [0, 1)")
 
@@ -108,17 +137,35 @@ class BridgeSettings:
         presets = {
             "paper": cls(
                 head_init="random",
+                embeddings_per_input=0.0,
+                heads_first=0.0,
+                precondition="none",
                 schedule="linear",
                 prediction="epsilon",
                 split="alternate",
                 solver="ddim",
                 sampling_steps=50,
+                translate_steps=8,
+                num_samples=16,
             ),
             "recommended": cls(),
         }
         if name not in presets:
             raise ValueError(f"preset {name!r} does not exist; use one of {', '.join(presets)}")
         return presets[name]
+
+    def _directions(self) -> list[tuple[str, ...]]:
+        return [tuple(name.strip() for name in pair.split("->")) for pair in self.directions.split(",")]
+
+    def trains(self, source: str, target: str) -> bool:
+        """Whether the diffusion learns to give ``target`` from ``source`` (see ``directions``)."""
+        allowed = any(s in ("*", source) and t in ("*", target) for s, t in self._directions())
+        return bool(self.diffusion_weight) and source != target and allowed
+
+    def head_steps(self, steps: int) -> int:
+        """Of ``steps`` training steps, the first ones that train the heads alone (see ``heads_first``)."""
+        apart = self.contrastive != "none" and self.head != "identity" and self.diffusion_weight
+        return round(self.heads_first * steps) if apart and not self.diffusion_trains_heads else 0
 
     def noise_schedule(self) -> NoiseSchedule:
         """The noise schedule these settings describe."""

@@ -11,18 +11,11 @@ from diffgap.data.store import EmbeddingStore
 from diffgap.models.bridge import DiffGAP
 
 
-def paired_embeddings(store: EmbeddingStore, bridge: DiffGAP) -> dict[str, Tensor]:
-    """The embeddings of the rows that have every modality of the bridge, for :meth:`DiffGAP.fit`.
-
-    Raises:
-        ValueError: No row has them all.
-    """
-    rows = store.present(*bridge.modalities)
-    if not len(rows):
-        raise ValueError(
-            f"no training row has all of {', '.join(bridge.modalities)}; choose modalities that occur together"
-        )
-    return {name: store.embeddings(name, rows) for name in bridge.modalities}
+def fit_data(store: EmbeddingStore, bridge: DiffGAP) -> dict[str, Any]:
+    """Keyword arguments of :meth:`DiffGAP.fit`: all rows of a store, whatever modalities each has."""
+    batch = collate(store, bridge, torch.arange(len(store)))
+    del batch["ids"]
+    return batch
 
 
 def collate(store: EmbeddingStore, bridge: DiffGAP, rows: Tensor, device: torch.device | str = "cpu") -> dict[str, Any]:

@@ -134,8 +134,8 @@ def test_precompute_equals_modulation(mixed: bool) -> None:
     steps = denoiser.precompute(timesteps, target, sources)
     assert steps.rows.shape[:2] == (3, 3 if mixed else 1)
     for step, t in enumerate(timesteps):
-        expected = denoiser.modulation(t.expand(4), target, sources)
-        rows = steps.at(step)
+        expected = denoiser.modulation(t.expand(4), target, sources).rows
+        rows = steps.at(step).rows
         assert len(rows) == (4 if mixed else 1)
         assert_close_to_oracle(rows.repeat_interleave(4 // len(rows), 0), expected)
 
@@ -147,9 +147,9 @@ def test_precompute_finds_equal_groups() -> None:
     for drop, groups in (([False, False, True, True], 2), ([True, True, False, False], 2), ([True, False] * 2, 4)):
         sources = denoiser.encode_condition([Condition(text, TEXT)], 4, drop=torch.tensor(drop)).sources
         steps = denoiser.precompute(timesteps, AUDIO, sources)
-        rows = steps.at(1)
+        rows = steps.at(1).rows
         assert len(rows) == groups
-        expected = denoiser.modulation(timesteps[1].expand(4), AUDIO, sources)
+        expected = denoiser.modulation(timesteps[1].expand(4), AUDIO, sources).rows
         assert_close_to_oracle(rows.repeat_interleave(4 // groups, 0), expected)
 
 
