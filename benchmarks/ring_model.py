@@ -25,7 +25,9 @@ Time. A ring's step takes ``max(operations / rate, hop)``, ``hop = HOP_SECONDS +
 overlap. diffgap's blocks go round a node before all change to the next, over all links at once: W / 8 hops leave a node
 (:mod:`diffgap.ring`). Inf-CL's ring leaves it at one rank, at every step. open_clip's kernels and collectives follow
 one another: ``operations / rate + HBM bytes / rate + bytes sent / link``, its collectives over all links of a node and
-without latency. Kernels run at COMPUTE_UTILISATION of the published peak, memory and links at BYTES_UTILISATION.
+without latency. Kernels run at COMPUTE_UTILISATION of the published peak, memory and links at BYTES_UTILISATION. What
+the host needs for its calls is left out for all; for blocks of a few thousand rows it decides, and
+:mod:`benchmarks.scaling_model` counts it.
 
 ``python -m benchmarks.ring_model [--json FILE]`` prints the tables, all of kind ``modelled``.
 """
@@ -84,15 +86,16 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Pass:
-    """One way round a ring: per step operations and their peak rate, and bytes of a hop."""
+    """One way round a ring: per step operations and their peak rate, bytes of a hop, and seconds of calls."""
 
     operations: float
     rate: float
     hop_bytes: float
+    call_seconds: float = 0.0
 
     def times(self, gpu: Gpu, gpus: int, leaving: int) -> tuple[float, float, float]:
         """Seconds in all, and those of compute and of transfers alone; ``leaving`` of the hops leave the node."""
-        compute = self.operations / (COMPUTE_UTILISATION * self.rate)
+        compute = max(self.operations / (COMPUTE_UTILISATION * self.rate), self.call_seconds)
         if gpus == 1:
             return compute, compute, 0.0
         near, far = (HOP_SECONDS + self.hop_bytes / (BYTES_UTILISATION * link) for link in (gpu.nvlink, gpu.infiniband))
@@ -101,12 +104,17 @@ class Pass:
         return total, gpus * compute, staying * near + leaving * far
 
 
-def ours(gpu: Gpu, gpus: int, width: int, batch: int = GLOBAL_BATCH) -> Estimate:
-    """``diffgap.ring_clip_loss``."""
+def ours(
+    gpu: Gpu, gpus: int, width: int, batch: int = GLOBAL_BATCH, call_seconds: tuple[float, float] = (0.0, 0.0)
+) -> Estimate:
+    """``diffgap.ring_clip_loss``; ``call_seconds`` of a step of the forward and of the backward pass, if counted."""
     rows = batch / gpus
     side, tile = rows * width, 2 * rows * rows * width
     sent = (gpus - 1) * (2 * side + 2 * side + 16 * rows) + gpus * (16 * rows + 4 * side)
-    passes = Pass(tile, gpu.bf16, 2 * side + 16 * rows), Pass(3 * tile, gpu.bf16, 6 * side + 16 * rows)
+    passes = (
+        Pass(tile, gpu.bf16, 2 * side + 16 * rows, call_seconds[0]),
+        Pass(3 * tile, gpu.bf16, 6 * side + 16 * rows, call_seconds[1]),
+    )
     leaving = 0 if gpus <= GPUS_PER_NODE else gpus // GPUS_PER_NODE
     return _ring("diffgap", gpu, gpus, leaving, passes, sent, 24 * side + 64 * rows)
 

@@ -117,7 +117,7 @@ def _ours(
     recording: Recording | None = None,
 ) -> Outputs:
     samples = diffusion.sample(
-        SOURCE, z, None, TARGET, (z.shape[1],), seeds[:, None],
+        {SOURCE: z}, {}, TARGET, (z.shape[1],), seeds[:, None],
         solver=SOLVER, steps=steps, guidance_scale=GUIDANCE,
     )  # fmt: skip
     return (samples[:, 0],)
@@ -128,7 +128,7 @@ def _graphed(*, diffusion: ContrastiveDiffusion, z: Tensor, seeds: Tensor, steps
     solver, scaler = build_solver(SOLVER, diffusion.schedule, steps), diffusion.scaler(TARGET)
     condition = Condition(diffusion.scaler(SOURCE).scale(z), diffusion.modalities.index(SOURCE))
     with torch.no_grad():
-        model = diffusion._model(condition, TARGET, 1, (z.shape[1],), solver.timesteps, both=True)
+        model = diffusion._model([condition], TARGET, 1, (z.shape[1],), solver.timesteps, both=True)
     loop = SamplingLoop(
         model, solver, len(z), (z.shape[1],), device=z.device, guidance=Guidance(GUIDANCE), x0_norm=scaler.radius
     )

@@ -73,16 +73,20 @@ class _GatherWithGrad(torch.autograd.Function):
         return received.unflatten(0, (dist.get_world_size(), -1)).sum(dim=0)
 
 
-def gather_rows(x: Tensor) -> Tensor:
-    """Rows (N, ...) of all ranks of the default process group, as many on each; ``x`` itself outside a group.
+def mean_over_ranks(values: Tensor) -> Tensor:
+    r"""This rank's share of the mean of the values (N,) of all ranks of the default process group, N each rank's own.
 
-    Differentiable: each rank's rows get the sum of the gradients that all ranks have for them.
+    .. math::
+        L_r = \frac{W}{\sum_q N_q} \sum_i \text{values}_i
+
+    So the mean of :math:`L_r` over the W ranks, which is what ``DistributedDataParallel`` takes of their gradients, is
+    that of one process that has all values. Outside a process group it is the mean; of no values 0.
     """
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
-        return x
-    if x.is_floating_point():
-        return _GatherWithGrad.apply(x)
-    return _gather(x)
+    count, world = torch.tensor(len(values), device=values.device), 1
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(count)
+        world = dist.get_world_size()
+    return values.sum() * (world / count.clamp(min=1))
 
 
 class ClipLoss(nn.Module):
@@ -96,15 +100,14 @@ class ClipLoss(nn.Module):
             differentiates only its own rows; with ``local_loss`` too, only as queries.
         cache_labels: Accepted; there are no label tensors to cache.
         rank: This process's rank.
-        world_size: Number of processes. Above 1, the default process group is used, and every rank must have
-            the same number of rows.
+        world_size: Number of processes. Above 1, the default process group is used.
         use_horovod: Only ``False``.
 
     Raises:
         ValueError: Horovod, a rank outside the world, or a process group of another rank or size.
         RuntimeError: ``world_size`` above 1 and no process group.
 
-    An uneven last batch needs ``drop_last=True`` in the data loader; the ring says so on every rank.
+    The ring takes an uneven last batch; the modes that gather need ``drop_last=True`` in the data loader.
     """
 
     def __init__(
@@ -173,8 +176,8 @@ class SigLipLoss(nn.Module):
     Args:
         cache_labels: Accepted; there are no label tensors to cache.
         rank: This process's rank.
-        world_size: Number of processes. Above 1, the default process group is used, and every rank must have
-            the same number of rows: an uneven last batch needs ``drop_last=True`` in the data loader.
+        world_size: Number of processes. Above 1, the default process group is used; ranks may have different
+            numbers of rows.
         dist_impl: ``"bidir"``, ``"shift"``, ``"reduce"`` or ``"gather"``, or ``None``: open_clip's ways to
             move the text features. They differ in transfers, not in the loss; here all of them are
             :func:`ring_siglip_loss`.

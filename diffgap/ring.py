@@ -15,7 +15,6 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -27,14 +26,19 @@ class Ring:
     Attributes:
         group: The ranks; ``None`` is the default group.
         rank: This process's, in the group.
-        world: Their number.
+        rows: Of every rank's block, by rank.
         per_node: How many consecutive ranks share a node; a divisor of their number.
     """
 
     group: dist.ProcessGroup | None
     rank: int
-    world: int
+    rows: tuple[int, ...]
     per_node: int
+
+    @property
+    def world(self) -> int:
+        """The number of ranks."""
+        return len(self.rows)
 
     def circulate(
         self,
@@ -47,9 +51,9 @@ class Ring:
         The next block travels while a tile is computed, and so does what the earlier ranks found about theirs.
 
         Args:
-            block: This rank's tensors; all ranks' have the same shapes.
+            block: This rank's tensors of ``rows[rank]`` rows; but for the rows, all ranks' have the same shapes.
             tile: Called as ``tile(own, *block)`` with the block at hand, ``own`` on the first call. Returns what it
-                found about this rank's rows, and about the block, which follows the block home.
+                found about this rank's rows, and about the block's, which follows the block home.
             merge: Joins what two tiles found; it may write to the first.
         """
         next_block = _Exchange(block, self, 0)
@@ -70,6 +74,10 @@ class Ring:
         after = self._moved(self._moved(self.rank, step, -1), step + 1, 1)
         before = self._moved(self._moved(self.rank, step + 1, -1), step, 1)
         return after, before
+
+    def arriving(self, step: int) -> int:
+        """Rows of the block that this rank has after ``step``."""
+        return self.rows[self._moved(self.rank, step + 1, -1)]
 
     def _moved(self, rank: int, step: int, direction: int) -> int:
         """Where the block of ``rank`` is at ``step``; for direction -1 whose block ``rank`` has at ``step``."""
@@ -93,10 +101,10 @@ class _Exchange:
         assert group is not None, "a ring has a process group"
         after, before = (dist.get_global_rank(group, rank) for rank in ring.neighbours(step))
         self._sent = [x.contiguous() for x in tensors]  # kept until they have left
-        self._received = [torch.empty_like(x) for x in self._sent]
-        sends = [dist.P2POp(dist.isend, x, after, group) for x in self._sent]
-        receives = [dist.P2POp(dist.irecv, x, before, group) for x in self._received]
-        self._works = dist.batch_isend_irecv(sends + receives) if tensors else []
+        self._received = [x.new_empty(ring.arriving(step), *x.shape[1:]) for x in self._sent]
+        sends = [dist.P2POp(dist.isend, x, after, group) for x in self._sent if x.numel()]
+        receives = [dist.P2POp(dist.irecv, x, before, group) for x in self._received if x.numel()]
+        self._works = dist.batch_isend_irecv(sends + receives) if sends or receives else []
 
     def wait(self) -> list[Tensor]:
         """What has arrived."""

@@ -2,7 +2,7 @@ r"""CLIP and SigLIP losses of a batch that lies on several ranks: exact, in O(n 
 
 Rank r keeps its n rows :math:`a_r`, and the blocks :math:`b_q` of all ranks pass it (:mod:`diffgap.ring`). Each tile
 :math:`a_r b_q^\top` is one call of an op that stores nothing of its size; the state of the tile's columns, or their
-gradient, follows the block home. Nothing is gathered.
+gradient, follows the block home. Nothing is gathered. Ranks may have different numbers of rows, or none.
 """
 
 from __future__ import annotations
@@ -54,14 +54,14 @@ def ring_clip_loss(
             + \frac{1}{C} \sum_{j \in \text{rank } r} c_j \Big)
 
     with :math:`r_i` and :math:`c_j` as in ``clip_loss`` over the global batch, and R rows and C columns in it that have
-    a positive: without ids the means over the rank's own. So the mean of :math:`L_r` over ranks is the loss of one
-    process that holds the batch. Without ids it is open_clip's ``ClipLoss(local_loss=True, gather_with_grad=True)``.
+    a positive. So the mean of :math:`L_r` over ranks is the loss of one process that holds the batch. Without ids and
+    with as many rows on each rank it is open_clip's ``ClipLoss(local_loss=True, gather_with_grad=True)``.
 
     Forward and backward pass are collective: every rank of the group calls both, with the same ``logit_scale``, or all
     wait for the one that does not.
 
     Args:
-        a: (N, D) embeddings of this rank; float32, float16, bfloat16 or float64.
+        a: (N, D) embeddings of this rank; float32, float16, bfloat16 or float64. N and M may differ between ranks.
         b: (M, D) embeddings of this rank, of the same dtype and device; M = N without ids.
         logit_scale: The factor itself, ``exp`` already taken: a number, or a tensor of one element.
         ids_a: (N,) int64. With ``ids_b``, every pair of equal id is a positive, on whichever ranks its two sides are.
@@ -76,15 +76,14 @@ def ring_clip_loss(
         parameters have the gradient of one process.
 
     Raises:
-        ValueError: as ``clip_loss``, and on every rank where the ranks' shapes, dtypes or ids do not agree: an uneven
-            last batch needs ``drop_last=True`` in the data loader.
+        ValueError: as ``clip_loss``, and on every rank where the ranks' widths, dtypes or options do not agree.
         TypeError: as ``clip_loss``.
 
     Source: Radford et al., arXiv 2103.00020; the ring: Cheng et al. (Inf-CL), arXiv 2410.17243.
     """
     tensors = a, b, logit_scale
     options: dict[str, Any] = {"ids_a": ids_a, "ids_b": ids_b, "memory_budget": memory_budget}
-    ring = _ring_of("ring_clip_loss", tensors, group, **options)
+    ring, _ = _ring_of("ring_clip_loss", tensors, group, **options)
     if ring is None:
         return clip_loss(a, b, logit_scale, **options)
     scale = scalar("ring_clip_loss", "logit_scale", logit_scale, a)
@@ -106,17 +105,17 @@ def ring_siglip_loss(
     r"""This rank's share of :func:`diffgap.ops.siglip_loss` of the rows of all ranks.
 
     .. math::
-        L_r = \frac{1}{N} \sum_{i \in \text{rank } r} r_i
+        L_r = \frac{W}{R} \sum_{i \in \text{rank } r} r_i
 
-    with :math:`r_i` as in ``siglip_loss`` over the columns of all ranks and N the rank's own rows. So the mean of
-    :math:`L_r` over ranks is the loss of one process that holds the batch. Without ids it is open_clip's
-    ``SigLipLoss``.
+    with :math:`r_i` as in ``siglip_loss`` over the columns of all ranks, and R the rows of all W ranks. So the mean of
+    :math:`L_r` over ranks is the loss of one process that holds the batch. Without ids and with as many rows on each
+    rank it is open_clip's ``SigLipLoss``.
 
     Forward and backward pass are collective: every rank of the group calls both, with the same ``logit_scale`` and
     ``logit_bias``, or all wait for the one that does not.
 
     Args:
-        a: (N, D) embeddings of this rank; float32, float16, bfloat16 or float64.
+        a: (N, D) embeddings of this rank; float32, float16, bfloat16 or float64. N and M may differ between ranks.
         b: (M, D) embeddings of this rank, of the same dtype and device; M = N without ids.
         logit_scale: The factor itself, ``exp`` already taken: a number, or a tensor of one element.
         logit_bias: Added to every similarity; as ``logit_scale``. ``None`` is 0.
@@ -132,24 +131,23 @@ def ring_siglip_loss(
         averaging all parameters have the gradient of one process.
 
     Raises:
-        ValueError: as ``siglip_loss``, and on every rank where the ranks' shapes, dtypes or ids do not agree: an uneven
-            last batch needs ``drop_last=True`` in the data loader.
+        ValueError: as ``siglip_loss``, and on every rank where the ranks' widths, dtypes or options do not agree.
         TypeError: as ``siglip_loss``.
 
     Source: Zhai et al., arXiv 2303.15343.
     """
     tensors = a, b, logit_scale, logit_bias
     options: dict[str, Any] = {"ids_a": ids_a, "ids_b": ids_b, "memory_budget": memory_budget}
-    ring = _ring_of("ring_siglip_loss", tensors, group, **options)
+    ring, rows = _ring_of("ring_siglip_loss", tensors, group, **options)
     if ring is None:
         return siglip_loss(a, b, logit_scale, logit_bias, **options)
     scale = scalar("ring_siglip_loss", "logit_scale", logit_scale, a)
     bias = scalar("ring_siglip_loss", "logit_bias", 0.0 if logit_bias is None else logit_bias, a)
-    arguments = a, b, scale, bias, ids_a, ids_b, ring, memory_budget
+    arguments, share = (a, b, scale, bias, ids_a, ids_b, ring, memory_budget), ring.world / rows
     if _wants_gradient(tensors):
-        loss: Tensor = _RingSiglipLoss.apply(*arguments)
+        loss: Tensor = _RingSiglipLoss.apply(share, *arguments)
         return loss
-    return _siglip_ring(None, *arguments)[0].mean()
+    return share * _siglip_ring(None, *arguments)[0].sum()
 
 
 def _wants_gradient(tensors: Sequence[object]) -> bool:
@@ -163,47 +161,53 @@ def _ring_of(
     ids_a: Tensor | None,
     ids_b: Tensor | None,
     memory_budget: int | None,
-) -> Ring | None:
-    """The ring, unless there is one rank or no pair; raises where arguments are wrong or ranks disagree."""
+) -> tuple[Ring | None, int]:
+    """The ring, unless there is one rank or no pair, and the rows of a on all ranks.
+
+    Raises where arguments are wrong or ranks disagree.
+    """
     a, b = tensors[:2]
     check_embeddings(op, ("a", "b"), a, b)
     check_options(op, "mean", memory_budget)
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size(group) == 1:
-        return None
+        return None, len(a)
     if dist.get_rank(group) < 0:
         raise ValueError(f"{op}: this process is not in the group")
     # Before the checks that only some ranks might fail: the others would wait for them in the ring.
     with_ids, learnt = ids_a is not None or ids_b is not None, _wants_gradient(tensors)
-    ring = _agreed_ring(op, a, b, with_ids, learnt, group)
+    ring, rows = _agreed_ring(op, a, b, with_ids, learnt, group)
     check_ids(op, a, b, ids_a, ids_b, 0)
     if ids_a is None and a.shape[0] != b.shape[0]:
         raise ValueError(f"{op}: a has {a.shape[0]} rows and b has {b.shape[0]}; give ids, or as many of each")
-    return ring if a.numel() > 0 and b.numel() > 0 else None
+    return ring if rows and sum(ring.rows) and a.shape[1] else None, rows
 
 
-def _agreed_ring(op: str, a: Tensor, b: Tensor, with_ids: bool, learnt: bool, group: dist.ProcessGroup | None) -> Ring:
-    """Raise on every rank unless all have the same shapes and dtype, and the same wish for ids and gradients."""
+def _agreed_ring(
+    op: str, a: Tensor, b: Tensor, with_ids: bool, learnt: bool, group: dist.ProcessGroup | None
+) -> tuple[Ring, int]:
+    """The ring, and the rows of a on all ranks; raises on every rank unless they agree in width, dtype and options."""
     dtypes = (*DTYPES, torch.float64)
-    facts = [len(a), len(b), a.shape[1], dtypes.index(a.dtype), with_ids, learnt, ranks_per_node(group)]
+    facts = [a.shape[1], dtypes.index(a.dtype), with_ids, learnt, len(a), len(b), ranks_per_node(group)]
     own = torch.tensor(facts, device=a.device)
     gathered = own.new_empty(dist.get_world_size(group), len(own))
     dist.all_gather(list(gathered), own, group=group)
     ranks = gathered.tolist()
 
     def describe(rank: int) -> str:
-        rows_a, rows_b, width, dtype, with_ids, learnt, _ = ranks[rank]
+        width, dtype, with_ids, learnt, rows_a, rows_b, _ = ranks[rank]
         options = f"{'with' if with_ids else 'no'} ids, {'with' if learnt else 'no'} gradient"
         return f"rank {rank} has a ({rows_a}, {width}) and b ({rows_b}, {width}), {dtypes[dtype]}, {options}"
 
     for rank, found in enumerate(ranks):
-        if found[:-1] != ranks[0][:-1]:
+        if found[:4] != ranks[0][:4]:
             raise ValueError(
-                f"{op}: the ranks must agree, but {describe(0)}, and {describe(rank)}; "
-                "an uneven last batch needs drop_last=True in the data loader"
+                f"{op}: the ranks must agree in all but the rows, but {describe(0)}, and {describe(rank)}; "
+                "call it alike on all ranks"
             )
-    sizes, world = {found[-1] for found in ranks}, len(ranks)
-    even = len(sizes) == 1 and world % min(sizes) == 0
-    return Ring(group, dist.get_rank(group), world, min(sizes) if even else world)
+    *_, rows_a, rows_b, sizes = zip(*ranks, strict=True)
+    world = len(ranks)
+    even = len(set(sizes)) == 1 and world % min(sizes) == 0
+    return Ring(group, dist.get_rank(group), rows_b, min(sizes) if even else world), sum(rows_a)
 
 
 def _merge_states(x: Tensor, y: Tensor) -> Tensor:
@@ -216,7 +220,9 @@ def _merge_states(x: Tensor, y: Tensor) -> Tensor:
         r = \sum_{q \in \{x, y\}} \frac{P_q}{P} \big( r_q + (l - l_q) \big), \qquad P = P_x + P_y
     """
     lse, count = merge_lse(x[:, :2], y[:, :2]), x[:, 3] + y[:, 3]
-    from_x, from_y = ((z[:, 2] + (lse - z[:, :2]).sum(dim=1)) * z[:, 3] / count.clamp(min=1) for z in (x, y))
+    # l_q is -inf where q has no columns.
+    known = (torch.where(z[:, 3] > 0, z[:, 2] + (lse - z[:, :2]).sum(dim=1), 0) for z in (x, y))
+    from_x, from_y = (losses * z[:, 3] / count.clamp(min=1) for losses, z in zip(known, (x, y), strict=True))
     return torch.cat([lse, torch.stack([from_x + from_y, count], dim=1)], dim=1)
 
 
@@ -329,13 +335,13 @@ class _RingSiglipLoss(torch.autograd.Function):
     """Loss and gradients in one ring: the loss is a sum over pairs, so a tile's gradient needs that tile alone."""
 
     @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> Tensor:
+    def forward(ctx: Any, share: float, *arguments: Any) -> Tensor:
         a = arguments[0]
-        ctx.options = arguments[6:]
-        mean = a.new_full((len(a),), 1 / len(a), dtype=compute_dtype(a))
-        losses, *grads = _siglip_ring(mean, *arguments)
+        ctx.share, ctx.options = share, arguments[6:]
+        shares = a.new_full((len(a),), share, dtype=compute_dtype(a))
+        losses, *grads = _siglip_ring(shares, *arguments)
         ctx.save_for_backward(*arguments[:6], *grads)
-        return losses.mean()
+        return share * losses.sum()
 
     @staticmethod
     @once_differentiable
@@ -347,7 +353,7 @@ class _RingSiglipLoss(torch.autograd.Function):
         if bool((upstream == upstream[0]).all()):
             grads = [grad * x for x in grads]
         else:  # b's gradient has summed the ranks' losses with equal weights
-            rows = len(arguments[0])
-            _, *grads = _siglip_ring((grad / rows).expand(rows).contiguous(), *arguments, *ctx.options)
+            shares = (grad * ctx.share).expand(len(arguments[0])).contiguous()
+            _, *grads = _siglip_ring(shares, *arguments, *ctx.options)
         casted = (x.to(argument.dtype) for x, argument in zip(grads, arguments, strict=False))
-        return *casted, None, None, None, None
+        return None, *casted, None, None, None, None

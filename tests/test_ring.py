@@ -18,8 +18,9 @@ import torch.multiprocessing as mp
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks import ring_model
+from benchmarks import ring_model, scaling_model
 from benchmarks.gpus import A100
+from benchmarks.scaling_model import Calls
 from diffgap import ring, ring_loss
 from diffgap.ops import _dispatch
 from diffgap.ops.clip_loss import clip_loss
@@ -39,7 +40,8 @@ class Case:
 
     Attributes:
         loss: ``clip`` or ``siglip``.
-        rows: Rows of a and of b on each rank.
+        rows: Rows of a and of b on each rank, or their mean where these are ``uneven``.
+        uneven: The first rank has no row of a and, with ids, the last no row of b.
         ids: Number of ids, shared by rows on all ranks; 0 for the diagonal.
         noise: Of b around a: below 1, at scale 100, nearly all rows are solved.
         route: Of the ops: ``eager``, or ``native`` for the registered op.
@@ -56,6 +58,15 @@ class Case:
     upstream: float = 0.0
     memory_budget: int | None = None
     autocast: bool = False
+    uneven: bool = False
+
+    def sizes(self, world: int) -> tuple[list[int], list[int]]:
+        """Rows of a and of b on every rank."""
+        if not self.uneven:
+            a, b = ([rows] * world for rows in self.rows)
+            return a, b
+        a, b = ([0] + [rows] * (world - 2) + [2 * rows] for rows in self.rows)
+        return a, b[::-1] if self.ids else b
 
     def batch(self, world: int) -> list[Tensor]:
         """All ranks' a and b, the scale and the bias."""
@@ -103,12 +114,17 @@ CASES = [
         Case(loss, scale=1e4, dtype=torch.float64),
         Case(loss, upstream=0.5),
         Case(loss, upstream=0.5, ids=12, dtype=torch.float64),
+        Case(loss, uneven=True),
+        Case(loss, uneven=True, route="native"),
+        Case(loss, uneven=True, ids=12, rows=(7, 5), upstream=0.5, dtype=torch.float64),
+        Case(loss, uneven=True, ids=12, rows=(7, 5), route="native"),
+        Case(loss, uneven=True, ids=12, rows=(6, 6), memory_budget=400),
     )
 ]
 #: The gradient of a solved batch's scale is a small difference of large sums: float32 owes it to the op alone.
 SOLVED = [Case(loss, rows=(31, 31), scale=100.0, noise=0.7, route="native") for loss in ("clip", "siglip")]
 REFUSED = {
-    "uneven": r"rank 0 has a \(7, 24\) and b \(7, 24\).* and rank 1 has a \(6, 24\) and b \(6, 24\).*drop_last=True",
+    "width": r"rank 0 has a \(7, 24\) and b \(7, 24\).* and rank 1 has a \(7, 23\) and b \(7, 23\).*alike on all ranks",
     "dtype": r"torch.float32.*rank 1 has .* torch.float64",
     "ids": r"no ids.* and rank 1 has .* with ids",
     "gradient": r"no gradient.* and rank 1 has .* with gradient",
@@ -129,8 +145,11 @@ def plain_op(case: Case) -> Callable[..., Tensor]:
 def run_case(case: Case, rank: int, world: int, group: dist.ProcessGroup | None = None) -> list[Tensor]:
     """This rank's loss, its gradients, and its loss where none are wanted."""
     a, b, *scalars = case.batch(world)
-    ids = {name: None if x is None else x.chunk(world)[rank] for name, x in case.all_ids(world).items()}
-    inputs = [x.clone().requires_grad_() for x in (a.chunk(world)[rank], b.chunk(world)[rank], *scalars)]
+    sizes = case.sizes(world)
+    all_ids = zip(case.all_ids(world).items(), sizes, strict=True)
+    ids = {name: None if x is None else x.split(rows)[rank] for (name, x), rows in all_ids}
+    own = (x.split(rows)[rank] for x, rows in zip((a, b), sizes, strict=True))
+    inputs = [x.clone().requires_grad_() for x in (*own, *scalars)]
     with torch.autocast("cpu", torch.bfloat16, enabled=case.autocast):
         loss = loss_of(case, *inputs, **ids, group=group)
     grads = torch.autograd.grad(loss * (1 + case.upstream * rank), inputs)
@@ -142,9 +161,9 @@ def run_case(case: Case, rank: int, world: int, group: dist.ProcessGroup | None 
 def run_refused(name: str, rank: int) -> str:
     """The error this rank gets where rank 1 differs, or where all ranks are wrong."""
     odd = rank == 1
-    rows, columns = {"uneven": (7 - odd,) * 2, "pairs": (7, 8)}.get(name, (7, 7))
+    columns, width = 7 + (name == "pairs"), WIDTH - (name == "width" and odd)
     dtype = torch.float64 if name == "dtype" and odd else torch.float32
-    a, b = torch.ones(rows, WIDTH, dtype=dtype), torch.ones(columns, WIDTH, dtype=dtype)
+    a, b = torch.ones(7, width, dtype=dtype), torch.ones(columns, width, dtype=dtype)
     a.requires_grad_(name == "gradient" and odd)
     ids = torch.arange(7)
     options = {"half": {"ids_a": ids}, "ids": {"ids_a": ids, "ids_b": ids} if odd else {}}.get(name, {})
@@ -190,6 +209,18 @@ def run_traffic(rank: int, world: int) -> int:
     return sent
 
 
+def run_calls() -> tuple[int, int]:
+    """Calls of the forward and of the backward pass of the CLIP loss with ids."""
+    a, b, scale = Case("clip").batch(1)
+    ids = torch.arange(7)
+    a.requires_grad_()
+    with Calls() as forward:
+        loss = ring_clip_loss(a, b.requires_grad_(), scale.requires_grad_(), ids_a=ids, ids_b=ids)
+    with Calls() as backward:
+        loss.backward()
+    return forward.count, backward.count
+
+
 def run_order(rank: int, world: int) -> tuple[list[str], Tensor, Tensor]:
     """What happens in a ring, and the sums it makes of rank numbers."""
     events: list[str] = []
@@ -211,7 +242,9 @@ def run_order(rank: int, world: int) -> tuple[list[str], Tensor, Tensor]:
 
     dist.batch_isend_irecv, ring._Exchange = posting, Recorded
     try:
-        (rows,), (columns,) = Ring(None, rank, world, world).circulate([torch.tensor([2.0**rank])], tile, Tensor.add_)
+        (rows,), (columns,) = Ring(None, rank, (1,) * world, world).circulate(
+            [torch.tensor([2.0**rank])], tile, Tensor.add_
+        )
     finally:
         dist.batch_isend_irecv, ring._Exchange = post, exchange
     return events, rows, columns
@@ -233,6 +266,7 @@ def run_rank(rank: int, world: int, port: int, results: str) -> None:
     found["refused"] = {name: run_refused(name, rank) for name in REFUSED}
     found["order"] = run_order(rank, world)
     found["traffic"] = run_traffic(rank, world)
+    found["calls"] = run_calls()
     found["empty"] = [loss_of(case, torch.ones(0, WIDTH), torch.ones(0, WIDTH), 1.0) for case in CASES]
     with _dispatch.backend("eager"):
         found["memory"] = {loss: run_memory(loss) for loss in ("clip", "siglip")}
@@ -270,16 +304,19 @@ def single_process(case: Case, world: int) -> tuple[list[Tensor], list[Tensor]]:
     """In float64, from the whole batch: each rank's loss, and the gradients of their sum weighted by the upstream."""
     inputs = [x.double().requires_grad_() for x in case.batch(world)]
     ids = case.all_ids(world)
+    rows = case.sizes(world)[0]
     if case.loss == "siglip":
-        losses = [x.mean() for x in siglip_loss(*inputs, **ids, reduction="none", label_offset=0).chunk(world)]
+        each = siglip_loss(*inputs, **ids, reduction="none", label_offset=0)
+        losses = [x.sum() * world / len(each) for x in each.split(rows)]
     else:
         a, b, scale = inputs
         ids_a, ids_b = (torch.arange(len(a)) if x is None else x for x in ids.values())
         means = []
-        for x, y, ids_x, ids_y in ((a, b, ids_a, ids_b), (b, a, ids_b, ids_a)):
+        sides = (a, b, ids_a, ids_b), (b, a, ids_b, ids_a)
+        for (x, y, ids_x, ids_y), rows in zip(sides, case.sizes(world), strict=True):
             side = clip_loss(x, y, scale, ids_a=ids_x, ids_b=ids_y, one_sided=True, reduction="none")
             count = torch.isin(ids_x, ids_y).sum().clamp(min=1)
-            means.append([part.sum() * world / count for part in side.chunk(world)])
+            means.append([part.sum() * world / count for part in side.split(rows)])
         losses = [(rows + columns) / 2 for rows, columns in zip(*means, strict=True)]
     weighted = sum((1 + case.upstream * rank) * loss for rank, loss in enumerate(losses))
     return [x.detach() for x in losses], list(torch.autograd.grad(torch.as_tensor(weighted), inputs))
@@ -341,7 +378,7 @@ def test_ring_visits_every_rank_once_and_leaves_a_node_as_seldom_as_it_can(world
     places, left = list(range(world)), 0
     visited = [{rank} for rank in places]
     for step in range(world):
-        routes = [Ring(None, rank, world, per_node).neighbours(step) for rank in range(world)]
+        routes = [Ring(None, rank, (1,) * world, per_node).neighbours(step) for rank in range(world)]
         assert sorted(after for after, _ in routes) == list(range(world))
         assert all(routes[after][1] == rank for rank, (after, _) in enumerate(routes))
         moved = [routes[place][0] for place in places]
@@ -387,6 +424,13 @@ def test_ring_transfers_overlap_the_tiles(ranks: dict[int, list[dict[Any, Any]]]
 def test_ring_sends_the_bytes_of_the_paper_model(ranks: dict[int, list[dict[Any, Any]]], world: int) -> None:
     expected = ring_model.ours(A100, world, WIDTH, batch=7 * world).link_bytes
     assert {found["traffic"] for found in ranks[world]} == {expected}
+
+
+def test_ring_makes_the_calls_of_the_paper_model(ranks: dict[int, list[dict[Any, Any]]]) -> None:
+    """Every rank more is one step more."""
+    counts = {world: torch.tensor([found["calls"] for found in ranks[world]]) for world in WORLDS}
+    steps = (counts[4][:2] - counts[2]) / 2
+    assert steps.tolist() == [list(scaling_model.RING_CALLS)] * 2
 
 
 @pytest.mark.parametrize("world", WORLDS)
