@@ -1,7 +1,7 @@
-"""The command line: ``diffgap demo | train | eval | sample | import | doctor``.
+"""The command line: ``diffgap demo | train | eval | diagnose | ablate | sample | import | doctor``.
 
-Exit status: 0 done; 1 the machine failed (disk full, out of memory ...); 2 bad input; 130 interrupted. An error is one
-line on standard error that names what is wrong and how to put it right.
+Exit status: 0 done; 1 the machine failed (disk full, out of memory ...); 2 bad input; 3 a check of
+``diagnose --strict`` is bad; 130 interrupted. An error is one line on standard error that names what is wrong and how to put it right.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import io
+import math
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -32,6 +34,7 @@ Run: TypeAlias = Annotated[Positional[Path], arg(metavar="RUN")]
 
 def _train(config: RunConfig, output: Path) -> TrainResult:
     """Train with a progress bar that shows the loss and the last validation score."""
+    from diffgap.diagnose import DiagnosticsCallback
     from diffgap.retrieval.evaluate import validation_scores
     from diffgap.training.runs import load_data
     from diffgap.training.trainer import Trainer
@@ -43,7 +46,7 @@ def _train(config: RunConfig, output: Path) -> TrainResult:
         TimeRemainingColumn(),
         TextColumn("{task.fields[losses]}"),
     )
-    console = Console()
+    console = Console(quiet=os.environ.get("RANK", "0") != "0")  # of a run's processes the first speaks
     with Progress(*columns, console=console, disable=not sys.stderr.isatty()) as progress:
         task = progress.add_task("training", total=config.train.steps, losses="")
         score = ""
@@ -58,9 +61,12 @@ def _train(config: RunConfig, output: Path) -> TrainResult:
             progress.update(task, completed=step, losses=f"{shown} {score}")
 
         store = load_data(config.data)
-        result = Trainer(config, store, output, validate=validation_scores, report=report).train()
+        callbacks = [DiagnosticsCallback()] if config.train.diagnose else []
+        result = Trainer(config, store, output, validate=validation_scores, report=report, callbacks=callbacks).train()
+    together = f" in {result.processes} processes" if result.processes > 1 else ""
     console.print(
-        f"trained {result.step} steps; best validation R@5 {result.best_score:.3f} at step {result.best_step}; "
+        f"trained {result.step} steps{together}; "
+        f"best validation R@5 {result.best_score:.3f} at step {result.best_step}; "
         f"model in {escape(str(output / 'model'))}"
     )
     return result
@@ -124,6 +130,92 @@ def evaluate(
     console.print(f"report and plots in {escape(str(folder))}")
 
 
+def diagnose(
+    path: Annotated[Positional[Path], arg(metavar="RUN|STORE")],
+    output: Path | None = None,
+    split: Literal["train", "val", "test"] = "val",
+    seed: int = 0,
+    strict: bool = False,
+) -> None:
+    """Check a run, or an embedding store alone: are pairs pairs, is the condition used, do samples collapse or drift?
+
+    Each check gives a verdict (good, warn, bad), its threshold with the reason, and what to try.
+
+    Args:
+        path: Run folder of `diffgap train`, folder of an embedding store, or "stamps".
+        output: Folder for report.md, report.json and the plots; by default "diagnose" in the run's folder, or beside
+            the store's with "-diagnose" at the end of its name.
+        split: Rows that the bridge is checked on. The data are checked whole.
+        seed: Seed of samples, halves and shuffles.
+        strict: Exit with status 3 if a verdict is bad. Without, the status is 0 whatever the verdicts are.
+    """
+    from diffgap.diagnose.checks import diagnose, is_run
+    from diffgap.diagnose.report import advice, terminal_table, write_report
+    from diffgap.retrieval.report import check_output
+
+    folder = output or (path / "diagnose" if is_run(path) else path.with_name(f"{path.name}-diagnose"))
+    check_output(folder)
+    found = diagnose(path, split=split, seed=seed)
+    write_report(found, folder)
+    console = Console()
+    console.print(terminal_table(found))
+    for line in advice(found):
+        console.print(f"- {line}", markup=False)
+    console.print(f"report and plots in {folder}", markup=False)
+    if strict and found.count("bad"):
+        sys.exit(3)
+
+
+def ablate(
+    grid: Annotated[Positional[str], arg(metavar="GRID")],
+    output: Output,
+    jobs: int = 1,
+    steps: int | None = None,
+    split: Literal["val", "test"] = "val",
+    bootstrap: int = 1000,
+) -> None:
+    """Train every variant of a declared grid under every seed, and compare them with intervals. Run again to resume.
+
+    Args:
+        grid: YAML file of base, seeds and variants, or "paper" for the bundled ablation of the method.
+        output: Folder for ablation.md, .json and .png, with the run folders below.
+        jobs: Runs at a time, each a process with one thread; no more than cores.
+        steps: Training steps of every run, instead of the grid's.
+        split: Rows to compare on. A variant that is chosen by its test score has no honest test score any more, so
+            this is "val" unless the choice is made already.
+        bootstrap: Bootstrap replicates for the intervals.
+    """
+    from diffgap.retrieval.ablation import run_grid
+    from diffgap.retrieval.ablation_report import write_ablation
+    from diffgap.training.grid import Grid
+
+    if bootstrap < 1:
+        raise ValueError(f"bootstrap is {bootstrap}; use 1 replicate or more, 1000 for intervals worth reading")
+    console = Console()
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    # A run takes minutes: the time that remains is estimated from all of them, not from the last half minute.
+    bar = Progress(*columns, console=console, disable=not sys.stderr.isatty(), speed_estimate_period=math.inf)
+    with bar:
+        task = bar.add_task("runs", total=None)
+
+        def progress(done: int, total: int, name: str, failure: str | None) -> None:
+            bar.update(task, completed=done, total=total)
+            if name:
+                outcome = "done" if failure is None else f"failed: {failure}"
+                console.print(f"{done}/{total} {name}: {outcome}", markup=False)
+
+        found = run_grid(
+            Grid.load(grid, steps=steps), output, split=split, jobs=jobs, replicates=bootstrap, progress=progress
+        )
+    write_ablation(found, output)
+    console.print(f"ablation.md, ablation.json and ablation.png in {output}", markup=False)
+    if found.failures:
+        name, reason = next(iter(found.failures.items()))
+        raise RuntimeError(
+            f"{len(found.failures)} runs failed, the first {name}: {reason}; run the same command again to retry them"
+        )
+
+
 def sample(
     run: Run,
     source: Annotated[Positional[str], arg(metavar="SOURCE")],
@@ -146,10 +238,11 @@ def sample(
         source: Modality to start from.
         target: Modality to sample, in the bridge's contrastive space (unit vectors).
         output: Folder of the new store; row i holds sample k of an input, its id "<id>#k".
-        data: Embedding store, "stamps", or a .npy file of shape (N, D) or (N, T, D); the run's own data by default.
+        data: Embedding store, "stamps", "stamps-frames", or a .npy file of shape (N, D) or (N, T, D); the run's own
+            data by default.
         split: Rows of the store to bridge; a .npy file is taken whole.
         num_samples: Samples per embedding.
-        frames: Frames to sample of a sequence modality; the source's number if not given.
+        frames: Frames to sample of a sequence modality; those of each source sequence if not given.
         steps: Sampling steps; the model's default if not given.
         solver: Solver; the model's default if not given.
         guidance_scale: Guidance, 1 is none; the model's default if not given.
@@ -276,6 +369,8 @@ def _parse(arguments: Sequence[str]) -> Callable[[], None]:
         "demo": demo,
         "train": _train_command(_requested_defaults(arguments) if training else RunConfig()),
         "eval": evaluate,
+        "diagnose": diagnose,
+        "ablate": ablate,
         "sample": sample,
         "import": import_embeddings,
         "doctor": doctor,
@@ -310,7 +405,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (OSError, RuntimeError, MemoryError) as error:
         _fail(error, 1)
     except KeyboardInterrupt:
-        resume = "; run the same command again to resume" if arguments[:1] in (["train"], ["demo"]) else ""
+        resume = "; run the same command again to resume" if arguments[:1] in (["train"], ["demo"], ["ablate"]) else ""
         print(f"diffgap: interrupted{resume}", file=sys.stderr)
         sys.exit(130)
 

@@ -8,6 +8,7 @@ twice.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from diffgap.retrieval.metrics import METRICS, per_query_metrics
 
-__all__ = ["Interval", "bootstrap", "bootstrap_metrics", "paired_bootstrap", "unpaired_bootstrap"]
+__all__ = ["Interval", "bootstrap", "bootstrap_metrics", "bootstrap_strata", "paired_bootstrap", "unpaired_bootstrap"]
 
 Values = Tensor | np.ndarray[Any, Any]
 Floats = np.ndarray[Any, np.dtype[np.float64]]
@@ -61,6 +62,43 @@ def bootstrap_metrics(
     values = per_query_metrics(ranks)
     options: dict[str, Any] = {"confidence": confidence, "resamples": resamples, "seed": seed}
     return {name: bootstrap(values[name], groups, **options) for name in METRICS}
+
+
+def bootstrap_strata(
+    strata: Sequence[tuple[Values, Values]],
+    *,
+    confidence: float = 0.95,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> Interval:
+    """Interval of the mean over strata (retrieval directions) of each stratum's mean over its queries.
+
+    One draw of groups serves all strata: a concept that is hard in one direction is hard in the others too. A resample
+    without any query of a stratum is a mean over the others.
+
+    Args:
+        strata: (values (N,), groups (N,)) of each; N may differ.
+    """
+    _check_options(confidence, resamples)
+    if not strata:
+        raise ValueError("strata is empty; give (values, groups) of at least one")
+    arrays = [_vector(f"strata[{number}]", values) for number, (values, _) in enumerate(strata)]
+    labels = [np.asarray(groups).astype(str) for _, groups in strata]
+    for number, (array, label) in enumerate(zip(arrays, labels, strict=True)):
+        if label.shape != array.shape:
+            raise ValueError(f"groups of strata[{number}] have shape {label.shape}; expected {array.shape}")
+    names, codes = np.unique(np.concatenate(labels), return_inverse=True)
+    parts = np.split(codes, np.cumsum([len(array) for array in arrays])[:-1])
+    counts = np.stack([np.bincount(part, minlength=len(names)) for part in parts], 1).astype(np.float64)
+    sums = np.stack(
+        [np.bincount(part, array, minlength=len(names)) for part, array in zip(parts, arrays, strict=True)], 1
+    )
+    generator = np.random.default_rng(seed)
+    # How often each group is drawn says all about a resample: two products replace a gather for every stratum.
+    drawn = generator.multinomial(len(names), np.full(len(names), 1 / len(names)), size=resamples).astype(np.float64)
+    with np.errstate(invalid="ignore"):
+        means = np.nanmean((drawn @ sums) / (drawn @ counts), axis=1)
+    return _interval(float((sums.sum(0) / counts.sum(0)).mean()), means, confidence)
 
 
 def paired_bootstrap(

@@ -22,7 +22,7 @@ from torch.nn.functional import normalize
 
 from diffgap.retrieval.metrics import Ids
 
-__all__ = ["ModalityGap", "modality_gap"]
+__all__ = ["ModalityGap", "modality_gap", "unpaired_cosine"]
 
 
 @dataclass(frozen=True)
@@ -58,20 +58,25 @@ def modality_gap(
         raise ValueError("a or b holds NaN or infinite values; drop those rows")
     a, b = (normalize(t.detach().cpu().double(), dim=1) for t in (a, b))
     paired = float((a * b).sum(1).mean())
-    within = (_cosine_elsewhere(a, a, codes) + _cosine_elsewhere(b, b, codes)) / 2
+    within = (unpaired_cosine(a, a, codes) + unpaired_cosine(b, b, codes)) / 2
     distance = 1 - paired
     return ModalityGap(
         pairs=len(a),
         centroid_distance=float((a.mean(0) - b.mean(0)).norm()),
         paired_cosine=paired,
-        unpaired_cosine=_cosine_elsewhere(a, b, codes),
+        unpaired_cosine=unpaired_cosine(a, b, codes),
         relative_gap=distance / max(1 - within + distance, 1e-12),
         linear_separability=_separability(a, b, codes, folds, max_pairs, seed),
     )
 
 
-def _cosine_elsewhere(a: Tensor, b: Tensor, codes: np.ndarray) -> float:
-    """Mean of ``<a_i, b_j>`` over i, j of different groups: (sum a . sum b - that within groups) / count."""
+def unpaired_cosine(a: Tensor, b: Tensor, codes: np.ndarray) -> float:
+    """Mean of ``<a_i, b_j>`` over i, j of different groups: (sum a . sum b - that within groups) / count.
+
+    Args:
+        a, b: Unit rows (N, D), float64.
+        codes: (N,) group of row i of both, integers from 0 on; two groups or more.
+    """
     rows = torch.from_numpy(codes)
     counts = torch.bincount(rows).double()
     sums = [torch.zeros(len(counts), t.shape[1], dtype=t.dtype).index_add_(0, rows, t) for t in (a, b)]

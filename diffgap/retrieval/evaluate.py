@@ -20,6 +20,7 @@ from torch import Tensor
 
 from diffgap.data.store import EmbeddingStore
 from diffgap.models.bridge import DiffGAP
+from diffgap.models.inputs import frame_mask, hidden
 from diffgap.models.scoring import Encoded, Scoring, score_features
 from diffgap.ops.solver_step import StepOutput
 from diffgap.retrieval.baselines import Baseline, make_baselines, validation_mrr
@@ -47,8 +48,8 @@ class Items(NamedTuple):
         """(N, D): the mean over the frames of each sequence, a vector as it is."""
         if self.lengths is None:
             return self.embeddings
-        here = torch.arange(self.embeddings.shape[1]) < self.lengths[:, None]
-        return (self.embeddings * here[..., None]).sum(1) / self.lengths[:, None]
+        here = frame_mask(self.lengths, self.embeddings.shape[1])
+        return hidden(self.embeddings, here).sum(1) / self.lengths[:, None]
 
 
 class Scores(NamedTuple):
@@ -139,20 +140,30 @@ def validation_scores(model: DiffGAP, store: EmbeddingStore) -> dict[str, float]
 
 
 def encode_pair(model: DiffGAP, sides: Mapping[str, Items], **options: Any) -> dict[str, Encoded]:
-    """Both sides of a pair of modalities, each bridged to the other; options as in :meth:`DiffGAP.translate`."""
+    """Both sides of a pair of modalities, each bridged to the other; options as in :meth:`DiffGAP.translate`.
+
+    A direction that was not trained (``BridgeSettings.directions``) gives zeros, so that scores use its reverse alone;
+    where neither was, nothing is bridged: the embeddings stay as they are.
+    """
     a, b = sides
-    return {
-        name: model.encode(
-            name, sides[name].embeddings, other, **_sequence_options(model, sides, name, other), **options
-        )
+    encoded = {
+        name: model.encode(name, sides[name].embeddings, other, **_sequence_options(sides, name, other), **options)
         for name, other in ((a, b), (b, a))
     }
+    trained = {a: model.settings.trains(a, b), b: model.settings.trains(b, a)}
+    for name, side in encoded.items():
+        if not trained[name]:
+            encoded[name] = side._replace(bridged=torch.zeros_like(side.own) if any(trained.values()) else side.own)
+    return encoded
 
 
-def _sequence_options(model: DiffGAP, sides: Mapping[str, Items], source: str, target: str) -> dict[str, Any]:
-    """What sampling needs to know of sequences: how many frames the sources have and the samples are to have."""
-    frames = sides[target].embeddings.shape[1] if target in model.sequences else None
-    return {"frames": frames, "lengths": sides[source].lengths}
+def _sequence_options(sides: Mapping[str, Items], source: str, target: str) -> dict[str, Any]:
+    """What sampling needs to know of sequences: how many frames the sources have and the samples are to have.
+
+    A sample has the gallery's typical number: that of its true pair would give the answer away.
+    """
+    lengths = sides[target].lengths
+    return {"frames": None if lengths is None else int(lengths.median()), "lengths": sides[source].lengths}
 
 
 def evaluate_runs(
@@ -218,7 +229,7 @@ def _bridge_scores(
         val_encoded, encoded = (encode_pair(model, sides, seed=seed) for sides in (val_sides, test_sides))
         for query, gallery in ((a, b), (b, a)):
             name = f"{query} -> {gallery}"
-            alpha = _choose_alpha(val_encoded, val_sides, query, gallery)
+            alpha = choose_alpha(val_encoded, val_sides, query, gallery)
             report.alphas.setdefault(name, []).append(alpha)
             groups = test_sides[query].groups, test_sides[gallery].groups
             for method, scoring in SCORINGS.items():
@@ -232,7 +243,7 @@ def _bridge_scores(
     return found
 
 
-def _choose_alpha(encoded: Mapping[str, Encoded], sides: Mapping[str, Items], query: str, gallery: str) -> float:
+def choose_alpha(encoded: Mapping[str, Encoded], sides: Mapping[str, Items], query: str, gallery: str) -> float:
     """The fusion weight with the best validation MRR."""
 
     def mrr(alpha: float) -> float:
@@ -273,7 +284,7 @@ def _describe(
         name: Items(side.embeddings[rows], side.groups[rows], None if side.lengths is None else side.lengths[rows])
         for (name, side), rows in zip(((query, sides[query]), (gallery, sides[gallery])), (q, g), strict=True)
     }
-    options = _sequence_options(model, chosen, query, gallery)
+    options = _sequence_options(chosen, query, gallery)
     options[query] = chosen[query].embeddings
     model.sample(gallery, seed=seed, callback=follow, batch_size=len(q), **options)
     report.trajectory[name] = cosines

@@ -15,17 +15,24 @@ from diffgap.models.settings import BridgeSettings
 
 Precision = Literal["no", "bf16", "fp16"]
 
+#: Fields that change how a run goes, but not its result.
+_WITHOUT_EFFECT = ("train.timeout_s", "train.diagnose")
+
+#: Values of ``data.path`` that name bundled data, whose splits ``data.split`` and ``data.split_seed`` choose.
+BUNDLED = ("stamps", "stamps-frames")
+
 
 @dataclass(frozen=True)
 class DataConfig:
     """Which embeddings to train and evaluate on."""
 
     path: str = "stamps"
-    """Folder of an embedding store, or "stamps" for the bundled Tux Paint set."""
+    """Folder of an embedding store, "stamps" for the bundled Tux Paint set, or "stamps-frames" for its recordings in
+    two languages, frame by frame, with their captions."""
     split: Literal["concept", "folder"] = "concept"
     """Bundled set only: concepts unseen in training, or whole folders of concepts unseen (harder)."""
     split_seed: int = 0
-    """Bundled set only: which of the ten fixed splits, 0 to 9."""
+    """Bundled set only: which of the twenty fixed splits, 0 to 19."""
     modalities: tuple[str, ...] = ()
     """Modalities to bridge; empty for all in the store."""
 
@@ -34,7 +41,7 @@ class DataConfig:
 class TrainConfig:
     """Optimisation, validation and checkpoints. AdamW with linear warm-up and cosine decay to zero."""
 
-    steps: int = 1600
+    steps: int = 1200
     """Optimizer steps."""
     batch_size: int = 256
     """Rows in one optimizer step, over all processes and accumulated micro-batches."""
@@ -60,6 +67,12 @@ class TrainConfig:
     """Fixes the weights, the order of the rows, the timesteps and all noise."""
     mixed_precision: Precision = "no"
     """Precision of the forward pass; the weights stay float32. fp16 needs a GPU."""
+    timeout_s: float = 600.0
+    """Seconds that the processes of a run wait for one another before they give up. One validates while the others
+    wait, so more than that takes; torch's own limit between GPUs. Another value resumes a run all the same."""
+    diagnose: bool = False
+    """Run the cheaper checks of `diffgap diagnose` after every validation and log them as "diagnose/...". They take two
+    to three times as long as the validation. Turned on or off, a run resumes all the same."""
     trackers: tuple[str, ...] = ()
     """Experiment trackers of accelerate to log to besides metrics.jsonl, e.g. tensorboard or wandb."""
 
@@ -74,8 +87,9 @@ class TrainConfig:
             )
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"train.ema_decay is {self.ema_decay}; use a value in [0, 1)")
-        if self.learning_rate <= 0:
-            raise ValueError(f"train.learning_rate is {self.learning_rate}; use a positive value")
+        for name in ("learning_rate", "timeout_s"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"train.{name} is {getattr(self, name)}; use a positive value")
         if self.max_grad_norm <= 0:
             raise ValueError(f"train.max_grad_norm is {self.max_grad_norm}; use a positive value, 1e9 for no clipping")
         for name in ("warmup_steps", "weight_decay", "patience"):
@@ -99,8 +113,7 @@ class RunConfig:
 
     def save(self, path: Path) -> None:
         """Write as YAML, whole or not at all."""
-        # A round trip through lists, because YAML has no tuples.
-        text = yaml.safe_dump(_plain(dataclasses.asdict(self)), sort_keys=False)
+        text = yaml.safe_dump(self.to_dict(), sort_keys=False)
         with atomic_file(path) as temporary:
             temporary.write_text(text, encoding="utf-8")
 
@@ -118,12 +131,28 @@ class RunConfig:
             content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise ValueError(f"{path} is not YAML ({' '.join(str(error).split())[:120]})") from error
-        return _build(cls, content, str(path))
+        return cls.from_dict(content, str(path))
+
+    @classmethod
+    def from_dict(cls, content: Any, where: str) -> RunConfig:
+        """From nested mappings as YAML gives them; fields left out keep their defaults.
+
+        Raises:
+            ValueError: A field that does not exist, or a value of another type; the message begins with ``where``.
+        """
+        config: RunConfig = _build(cls, content, where)
+        return config
+
+    def to_dict(self) -> dict[str, Any]:
+        """Nested mappings of plain values, for YAML and JSON; the inverse of :meth:`from_dict`."""
+        # YAML and JSON have no tuples.
+        plain: dict[str, Any] = _plain(dataclasses.asdict(self))
+        return plain
 
     def differences(self, other: RunConfig) -> list[str]:
-        """Dotted names of the fields in which two configurations differ."""
+        """Dotted names of the fields in which two configurations differ, of those that change the result."""
         mine, theirs = _leaves(dataclasses.asdict(self)), _leaves(dataclasses.asdict(other))
-        return [name for name in mine if mine[name] != theirs.get(name)]
+        return [name for name in mine if mine[name] != theirs.get(name) and name not in _WITHOUT_EFFECT]
 
 
 def _plain(value: Any) -> Any:

@@ -11,6 +11,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from diffgap.ops import sample_seeds
 from diffgap.training.config import TrainConfig
 
 
@@ -23,11 +24,13 @@ def derived_seed(*parts: int) -> int:
     return state >> 1
 
 
-def learning_rate_factor(step: int, config: TrainConfig) -> float:
-    """Linear warm-up to 1, then cosine decay to 0 at ``config.steps``."""
+def learning_rate_factor(step: int, config: TrainConfig, head_steps: int = 0) -> float:
+    """Linear warm-up to 1, then cosine decay to 0; once up to step ``head_steps``, and again to ``config.steps``."""
+    start, end = (0, head_steps) if step < head_steps else (head_steps, config.steps)
+    step, steps = step - start, end - start
     if step < config.warmup_steps:
         return (step + 1) / config.warmup_steps
-    progress = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
+    progress = (step - config.warmup_steps) / max(1, steps - config.warmup_steps)
     return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
@@ -42,3 +45,8 @@ def batch_rows(step: int, rows: int, batch_size: int, seed: int) -> Tensor:
     per_epoch = rows // batch_size
     start = step % per_epoch * batch_size
     return epoch_order(rows, seed, step // per_epoch)[start : start + batch_size]
+
+
+def row_seeds(step: int, batch_size: int, seed: int) -> Tensor:
+    """Seeds (batch_size,) int64 of all that is drawn for the rows of one step, by their place in the batch."""
+    return sample_seeds(batch_size, torch.Generator().manual_seed(derived_seed(seed, step)))

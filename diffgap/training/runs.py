@@ -25,6 +25,10 @@ def load_data(config: DataConfig) -> EmbeddingStore:
         from diffgap.data.stamps import load_stamps
 
         store = load_stamps(split=config.split, seed=config.split_seed)
+    elif config.path == "stamps-frames":
+        from diffgap.data.stamps_frames import load_stamps_frames
+
+        store = load_stamps_frames(split=config.split, seed=config.split_seed)
     else:
         store = EmbeddingStore.open(config.path)
     for name in config.modalities:
@@ -67,8 +71,10 @@ def bridge_embeddings(
 
     Args:
         run: Run folder, or a folder of :meth:`DiffGAP.save_pretrained`.
-        data: Store folder, "stamps", or a ``.npy`` file of shape (N, D) or (N, T, D); "" for the run's own data.
+        data: Store folder, "stamps", "stamps-frames", or a ``.npy`` file of shape (N, D) or (N, T, D); "" for the run's
+            own data.
         split: Rows of a store: "train", "val", "test" or "all". A ``.npy`` file is always taken whole.
+        frames: Frames to sample of a sequence modality; by default each sample has those of its source.
 
     Returns:
         A store in memory with one modality, ``target``; row ``i * num_samples + k`` is sample k of input i and keeps
@@ -93,7 +99,8 @@ def bridge_embeddings(
     if source not in inputs.modalities:
         raise ValueError(f"source {source!r} is not in the data; it has {', '.join(inputs.modalities)}")
     rows = inputs.unique_rows(source)
-    options: dict[str, Any] = {source: inputs.embeddings(source, rows), "lengths": inputs.lengths(source, rows)}
+    source_lengths = inputs.lengths(source, rows)
+    options: dict[str, Any] = {source: inputs.embeddings(source, rows), "lengths": source_lengths}
     samples = model.sample(
         target, num_samples=num_samples, seed=seed, frames=frames,
         steps=steps, solver=solver, guidance_scale=guidance_scale, **options,
@@ -104,7 +111,10 @@ def bridge_embeddings(
             index[name] = [value for value in inputs.column(name)[rows] for _ in range(num_samples)]
     index["id"] = [f"{name}#{k}" for name in inputs.column("id")[rows] for k in range(num_samples)]
     index["source"] = [f"{source} -> {target}"] * len(index["id"])
-    return EmbeddingStore.from_arrays({target: samples.flatten(0, 1).float().cpu()}, index)
+    lengths = {}
+    if target in model.sequences and frames is None and source_lengths is not None:
+        lengths[target] = source_lengths.repeat_interleave(num_samples)
+    return EmbeddingStore.from_arrays({target: samples.flatten(0, 1).float().cpu()}, index, lengths=lengths)
 
 
 def _from_npy(path: Path, modality: str) -> EmbeddingStore:

@@ -4,7 +4,13 @@ import numpy as np
 import pytest
 import torch
 
-from diffgap.retrieval.bootstrap import bootstrap, bootstrap_metrics, paired_bootstrap, unpaired_bootstrap
+from diffgap.retrieval.bootstrap import (
+    bootstrap,
+    bootstrap_metrics,
+    bootstrap_strata,
+    paired_bootstrap,
+    unpaired_bootstrap,
+)
 
 
 def test_bootstrap_matches_the_normal_interval() -> None:
@@ -87,3 +93,48 @@ def test_bootstrap_metrics() -> None:
 def test_bootstrap_bad_input(call: object, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call()  # type: ignore[operator]
+
+
+def test_bootstrap_strata_equals_a_plain_loop() -> None:
+    """Groups drawn once for both strata, of which one lacks some of them."""
+    rng = np.random.default_rng(6)
+    groups = [rng.integers(0, 8, size=50), rng.integers(4, 12, size=30)]
+    values = [rng.normal(size=50), rng.normal(2, 1, size=30)]
+    names = np.unique(np.concatenate(groups).astype(str))
+    drawn = np.random.default_rng(7).multinomial(len(names), np.full(len(names), 1 / len(names)), size=400)
+    means = []
+    for row in drawn:
+        rows = [
+            np.concatenate([np.repeat(v[g.astype(str) == name], times) for name, times in zip(names, row, strict=True)])
+            for v, g in zip(values, groups, strict=True)
+        ]
+        means.append(np.mean([part.mean() for part in rows if len(part)]))
+    interval = bootstrap_strata(list(zip(values, groups, strict=True)), confidence=0.8, resamples=400, seed=7)
+    expected = [np.mean([v.mean() for v in values]), *np.quantile(means, [0.1, 0.9])]
+    np.testing.assert_allclose(interval, expected)
+
+
+def test_bootstrap_strata_knows_that_directions_share_their_concepts() -> None:
+    """Two directions that rise and fall with the same concepts are no more evidence than one."""
+    rng = np.random.default_rng(8)
+    values, groups = rng.normal(size=400), np.arange(400)
+    one = bootstrap_strata([(values, groups)], resamples=4000)
+    two = bootstrap_strata([(values, groups), (values, groups)], resamples=4000)
+    apart = bootstrap_strata([(values, groups), (rng.permutation(values), groups + 400)], resamples=4000)
+    assert two == pytest.approx(one)
+    assert (apart.high - apart.low) / (one.high - one.low) == pytest.approx(0.5**0.5, rel=0.1)
+    half = 1.96 * values.std() / 20
+    assert one.high - one.low == pytest.approx(2 * half, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("strata", "message"),
+    [
+        ([], "strata is empty"),
+        ([([1.0], ["a", "b"])], r"groups of strata\[0\] have shape \(2,\); expected \(1,\)"),
+        ([([1.0], ["a"]), ([float("nan")], ["a"])], r"strata\[1\] must be a non-empty vector of finite numbers"),
+    ],
+)
+def test_bootstrap_strata_refuses(strata: list[tuple[list[float], list[str]]], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        bootstrap_strata([(np.array(values), np.array(groups)) for values, groups in strata])

@@ -15,6 +15,7 @@ import pytest
 import torch
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, on_main_process
 from safetensors.torch import load_file
+from torch import Tensor
 
 from diffgap.data.store import EmbeddingStore, write_store
 from diffgap.models.bridge import DiffGAP
@@ -102,12 +103,38 @@ def test_a_finished_run_is_not_trained_again(tmp_path: Path) -> None:
 
 def test_early_stop_and_best_model(tmp_path: Path) -> None:
     config = make_config("memory", steps=20, eval_every=1, checkpoint_every=20, patience=2)
+    config = with_bridge(config, heads_first=0.0)
     result = train(config, tmp_path / "run", validate=rising([0.1, 0.3, 0.2, 0.3, 9.0]))
     assert (result.step, result.best_step, result.best_score) == (4, 2, 0.3)
     saved = load_file(tmp_path / "run" / "model" / "model.safetensors")
     newest = load_file(tmp_path / "run" / "checkpoints" / "step-00000004" / "ema.safetensors")
     assert any(not torch.equal(saved[name], newest[f"module.{name}"]) for name in saved)
     assert train(config, tmp_path / "run", validate=rising([])).step == 4
+
+
+def test_heads_first_then_the_diffusion_of_frozen_heads(tmp_path: Path) -> None:
+    config = make_config("memory", steps=6, eval_every=1, checkpoint_every=1)
+    run = tmp_path / "run"
+    seen: list[dict[str, Tensor]] = []
+
+    def watch(model: DiffGAP, _: EmbeddingStore) -> dict[str, float]:
+        seen.append({name: value.clone() for name, value in model.state_dict().items()})
+        return {"score": 0.0}
+
+    train(with_bridge(config, heads_first=0.5), run, validate=watch)
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [("contrastive" in line, "diffusion" in line) for line in lines] == [(True, False)] * 3 + [(False, True)] * 3
+    assert len(seen) == 3  # before that there is no bridge to validate
+    heads_alone = load_file(run / "checkpoints" / "step-00000005" / "ema.safetensors")
+    for name, value in seen[-1].items():
+        if name.startswith("heads.") or "linear_gaussian" in name:
+            assert torch.equal(value, seen[0][name])
+            assert torch.equal(value, heads_alone[f"module.{name}"])
+    assert any(not torch.equal(value, seen[0][name]) for name, value in seen[-1].items())
+    # The moments are those of the heads as trained, not as they started.
+    start = Trainer(with_bridge(config, heads_first=0.5), make_store(), tmp_path / "new", validate=constant).bridge
+    moments = "diffusion.denoiser.condition.linear_gaussian.maps"
+    assert not torch.equal(start.state_dict()[moments], seen[-1][moments])
 
 
 def test_gradient_accumulation_averages_the_micro_batches(tmp_path: Path) -> None:
