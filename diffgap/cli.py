@@ -1,7 +1,8 @@
 """The command line: ``diffgap demo | train | eval | diagnose | ablate | sample | import | doctor``.
 
 Exit status: 0 done; 1 the machine failed (disk full, out of memory ...); 2 bad input; 3 a check of
-``diagnose --strict`` is bad; 130 interrupted. An error is one line on standard error that names what is wrong and how to put it right.
+``diagnose --strict`` is bad; 130 interrupted. An error is one line on standard error that names what is wrong and how
+to put it right.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Stores with a modality gap, and a small bridge over it that is trained in a second, for the diagnostics to look at."""
+"""Stores with a modality gap, and a small bridge over each, trained in a second, for the diagnostics to look at."""
 
 from __future__ import annotations
 
