@@ -122,10 +122,8 @@ def check_spread(x: Tensor, groups: np.ndarray, subject: str) -> Finding:
     cosine = unpaired_cosine(u := normalize(x.double(), dim=1), u, codes)
     deviation = x.double().std(0)
     constant = float((deviation <= 1e-6 * deviation.square().mean().sqrt()).double().mean())
-    rank, needed = (
-        effective_rank(x[torch.from_numpy(evenly(np.arange(len(x)), _RANK_ROWS))]),
-        math.log2(codes.max() + 1),
-    )
+    rank = effective_rank(x[torch.from_numpy(evenly(np.arange(len(x)), _RANK_ROWS))])
+    needed = math.log(codes.max() + 1, 4)
     verdict, fix = judge(
         (
             (cosine > 0.99, "bad", "the encoder has collapsed: check its tokenizer, weights and pooling"),
@@ -137,10 +135,10 @@ def check_spread(x: Tensor, groups: np.ndarray, subject: str) -> Finding:
     return Finding(
         "spread", subject, verdict,
         {"mean_cosine": cosine, "effective_rank": rank, "needed_rank": needed, "constant_coordinates": constant},
-        "bad: mean cosine of different groups above 0.99; warn: above 0.93, effective rank below log2(groups), or more "
+        "bad: mean cosine of different groups above 0.99; warn: above 0.93, effective rank below log4(groups), or more "
         "than half of the coordinates constant",
         "at logit scale 100, CLIP's largest, logits of cosines above 0.99 differ by less than 1 nat, at 14, its first, "
-        "those above 0.93; with fewer than log2(groups) independent directions groups share their side of each",
+        "those above 0.93; four levels in each of fewer than log4(groups) directions do not tell the groups apart",
         fix,
     )  # fmt: skip
 

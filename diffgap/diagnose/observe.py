@@ -54,8 +54,8 @@ class Samples:
         drawn: (N, K, width) unit vectors of ``target``'s modality.
         translated: (N, width), what :meth:`DiffGAP.translate` gives: the bridged embedding of retrieval.
         cosines: (S, N) cosine of the estimate of x0 with the target, mean over the samples.
-        norms: (S,) norm of the sample after each step over the norm it should have, the mean over samples.
-        estimate_norms: (S,) norm of the estimate of x0 over the root mean square norm of real embeddings.
+        norms: (S,) root mean square norm of the samples after each step, over what it should be.
+        estimate_norms: (S,) that of the estimates of x0, over that of real embeddings.
         norm_spread: Relative standard deviation of the norm of one noisy real embedding, the largest over the steps.
     """
 
@@ -124,8 +124,9 @@ def draw(bridge: DiffGAP, source: Side, target: Side, *, num_samples: int, seed:
     def follow(step: int, state: StepOutput) -> None:
         alpha, sigma = levels[step]
         x, x0 = (values.unflatten(0, (rows, num_samples)) for values in (state.sample, state.x0))
-        norms.append(float(_norms(x, mask).mean()) / (alpha**2 * square + sigma**2 * width) ** 0.5)
-        estimate_norms.append(float(_norms(x0, mask).mean()) / square**0.5)
+        expected = alpha**2 * square + sigma**2 * width
+        norms.append(float(_norms(x, mask).square().mean() / expected) ** 0.5)
+        estimate_norms.append(float(_norms(x0, mask).square().mean() / square) ** 0.5)
         cosines.append((_pooled(scaler.unscale(x0), mask) * truth).sum(-1).mean(1))
 
     options: dict[str, Any] = {
