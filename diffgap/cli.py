@@ -58,6 +58,9 @@ def _train(config: RunConfig, output: Path) -> TrainResult:
                 score = f"validation R@5 {values['val/score']:.3f}"
                 if not sys.stderr.isatty():
                     console.print(f"step {step}: loss {values['loss']:.3f}, {score}")
+            if values.get("diagnose/bad"):
+                found = f"{values['diagnose/bad']:.0f} diagnostics are bad"
+                console.print(f"step {step}: {found}; see `diffgap diagnose {output}`", markup=False)
             shown = " ".join(f"{name} {values[name]:.3f}" for name in ("contrastive", "diffusion") if name in values)
             progress.update(task, completed=step, losses=f"{shown} {score}")
 

@@ -28,13 +28,13 @@ def check_trajectory(samples: Samples, direction: str) -> Finding:
     limit = perfect - min(perfect, 1 - perfect) / 2
     verdict, fix = judge(
         (
-            (lead.low <= 0, "bad", "the samples do not know their condition: check the pairs, or train longer"),
+            (lead.low <= 0, "bad", "check the pairs, or train longer"),
             (
                 deviation > 3 * samples.norm_spread,
                 "bad",
-                "scaling 'sqrt_dim', prediction 'sample' or 'v_prediction', or more sampling steps",
+                "take scaling 'sqrt_dim', prediction 'sample' or 'v_prediction', or more sampling steps",
             ),
-            (final.high < limit, "warn", "fewer sampling steps, more dropout, or the mean of more samples"),
+            (final.high < limit, "warn", "take fewer sampling steps, more dropout, or the mean of more samples"),
         )
     )
     return Finding(
@@ -50,7 +50,7 @@ def check_trajectory(samples: Samples, direction: str) -> Finding:
         "of the best on the way by more than half of what that square is from 0 or 1 (95% interval)",
         "a sample and its target are two draws of one posterior, and if its mean has cosine r with the target, a "
         "perfect sample has r squared; on the way x may be too long: the sampler puts estimates on the sphere, where "
-        "a mean of many is shorter, which measured better than leaving them",
+        "a mean of many is shorter, which on the stamps measured better than leaving them",
         fix,
         curves={
             "cosine": cosines.mean(1).tolist(), "norm of x": samples.norms.tolist(),
@@ -76,13 +76,13 @@ def check_condition(errors: Errors, direction: str, *, null_trained: bool = True
             (
                 over_shuffled.low <= 0,
                 "bad",
-                "the condition is ignored: check the pairs, train longer, or raise diffusion_weight",
+                "check the pairs, train longer, or raise diffusion_weight",
             ),
             (
                 null_trained and over_null.low <= 0,
                 "warn",
-                "no condition serves as well as the true one: more pairs, more head_dropout, fewer training steps; "
-                "leave guidance_scale at 1",
+                "train on more pairs, with more head_dropout or for fewer steps; leave guidance_scale at 1: guidance "
+                "would add to the error",
             ),
         )
     )
@@ -113,9 +113,14 @@ def check_collapse(samples: Samples, direction: str) -> Finding:
     within = float(((drawn.sum(1).square().sum(-1) - count) / (count * (count - 1))).mean())
     paired = float((drawn * samples.target[:, None]).sum(-1).mean())
     ranks = [effective_rank(x) for x in (drawn[:, 0], samples.translated, samples.target)]
-    between, inside, rank = (1 - across) / (1 - real), (1 - within) / (1 - paired), ranks[0] / ranks[2]
-    narrow = "all conditions give nearly one sample: check the pairs and the condition, lower the learning rate"
-    alike = "samples of one condition are alike: more sampling steps, a stochastic solver ('sde_dpmpp'), more dropout"
+    # Real embeddings without any spread are another check's finding.
+    between, inside, rank = (
+        part / max(whole, 1e-12) for part, whole in ((1 - across, 1 - real), (1 - within, 1 - paired), ranks[::2])
+    )
+    narrow = "check the pairs and whether the condition is used; lower the learning rate"
+    alike = (
+        "for generation take more sampling steps, solver 'sde_dpmpp' or more dropout; for retrieval nothing need change"
+    )
     verdict, fix = judge(
         (
             (min(between, rank) < 0.25, "bad", narrow),
@@ -156,14 +161,17 @@ def check_gap(samples: Samples, direction: str, *, seed: int = 0) -> Finding:
             (
                 gain.high < 0,
                 "bad",
-                "bridged embeddings are further from their partners: average more samples, train longer, or use the "
-                "plain cosine",
+                "average more samples, train longer, or score by the plain cosine",
             ),
-            (gain.low <= 0 <= gain.high, "warn", "the bridge gains nothing measurable here: compare by `diffgap eval`"),
+            (
+                gain.low <= 0 <= gain.high,
+                "warn",
+                "compare the scorings by `diffgap eval`: the plain cosine may serve as well",
+            ),
             (
                 after.centroid_distance > before.centroid_distance + floor,
                 "warn",
-                "bridged embeddings as a whole lie further off: train longer, or lower the guidance",
+                "train longer, or lower guidance_scale",
             ),
         )
     )

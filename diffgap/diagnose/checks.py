@@ -98,7 +98,9 @@ def check_bridge(
     findings, skipped = [], []
     for name in bridge.modalities:
         side, codes = pairs(bridge, store, name, name, max_pairs)[0], np.arange(len(store))
-        if len(side.x) > 1:
+        if not side.z.isfinite().all():
+            findings.append(_not_finite(f"{name}, projected"))
+        elif len(side.x) > 1:
             findings.append(check_spread(side.pooled(), codes[: len(side.x)], f"{name}, projected"))
     for source, target in permutations(bridge.modalities, 2):
         if not bridge.settings.trains(source, target):
@@ -110,6 +112,9 @@ def check_bridge(
             continue
         samples = draw(bridge, one, other, num_samples=num_samples, seed=seed)
         errors = denoising_errors(bridge, one, other, seed=seed)
+        if not all(values.isfinite().all() for values in (samples.drawn, samples.cosines, samples.translated, *errors)):
+            findings.append(_not_finite(direction))
+            continue
         findings.append(check_trajectory(samples, direction))
         findings.append(check_condition(errors, direction, null_trained=bridge.settings.condition_dropout > 0))
         findings.append(check_collapse(samples, direction))
@@ -123,4 +128,11 @@ def _too_few(direction: str, count: int) -> Finding:
         "pairs", direction, "warn", {"groups": float(count)},
         f"warn: fewer than {MIN_GROUPS} groups of the split have both modalities", "nothing can be said of so few",
         "use a split with more pairs, e.g. --split train",
+    )  # fmt: skip
+
+
+def _not_finite(subject: str) -> Finding:
+    return Finding(
+        "finite", subject, "bad", {}, "bad: what the bridge gives is NaN or infinite", "nothing else can be measured",
+        "train again with a lower learning_rate or max_grad_norm",
     )  # fmt: skip

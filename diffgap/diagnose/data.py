@@ -126,7 +126,7 @@ def check_spread(x: Tensor, groups: np.ndarray, subject: str) -> Finding:
     needed = math.log(codes.max() + 1, 4)
     verdict, fix = judge(
         (
-            (cosine > 0.99, "bad", "the encoder has collapsed: check its tokenizer, weights and pooling"),
+            (cosine > 0.99, "bad", "check the encoder's tokenizer, weights and pooling: it has collapsed"),
             (0.93 < cosine <= 0.99, "warn", "subtract the mean: heads other than 'identity' do"),
             (rank < needed, "warn", "take another layer of the encoder, or another encoder"),
             (constant > 0.5, "warn", "drop the coordinates that never vary: padding, or a dead layer"),

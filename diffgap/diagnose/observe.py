@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -15,7 +13,7 @@ from torch.nn.functional import normalize
 from diffgap.data.store import EmbeddingStore
 from diffgap.diagnose.data import evenly
 from diffgap.diffusion.solvers import build_solver
-from diffgap.models.bridge import DiffGAP
+from diffgap.models.bridge import DiffGAP, evaluating
 from diffgap.models.denoiser import Condition
 from diffgap.models.inputs import frame_mask, hidden
 from diffgap.ops import q_sample, sample_seeds
@@ -197,14 +195,3 @@ def _error(bridge: DiffGAP, target: Side, conditions: list[Condition], t: int, s
     if target.mask is not None:
         error = (error * target.mask).sum(-1) / target.mask.sum(-1)
     return error.cpu()
-
-
-@contextmanager
-def evaluating(bridge: DiffGAP) -> Iterator[None]:
-    """Evaluation mode inside the block."""
-    was_training = bridge.training
-    bridge.eval()
-    try:
-        yield
-    finally:
-        bridge.train(was_training)

@@ -39,7 +39,7 @@ def _page(title: str, findings: list[Finding], panel: Callable[[Any, Finding], N
     for axis, finding in zip(axes.flat, findings, strict=False):
         panel(axis, finding)
         axis.set_title(f"{finding.subject}: {finding.verdict}", fontsize=9)
-        axis.tick_params(labelsize=8)
+        axis.tick_params(which="both", labelsize=8)
         axis.spines[["top", "right"]].set_visible(False)
         axis.legend(fontsize=7, frameon=False)
     for axis in axes.flat[len(findings) :]:

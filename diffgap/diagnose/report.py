@@ -50,22 +50,21 @@ def terminal_table(diagnosis: Diagnosis) -> Table:
 
 def advice(diagnosis: Diagnosis) -> list[str]:
     """A line for each thing that is wrong: which check, of what, when it says so, and what to try."""
-    wrong = [finding for finding in _ordered(diagnosis) if finding.fix]
-    lines = []
-    for (check, threshold, fix), group in groupby(wrong, key=lambda f: (f.check, f.threshold, f.fix)):
-        subjects = ", ".join(f"{finding.subject} ({finding.verdict})" for finding in group)
-        lines.append(f"{check} of {subjects}. {threshold[0].upper()}{threshold[1:]}. To try: {fix}.")
-    return lines
+    subjects: dict[tuple[str, str, str], list[str]] = {}
+    for finding in _ordered(diagnosis):
+        if finding.fix:
+            key = (finding.check, finding.threshold, finding.fix)
+            subjects.setdefault(key, []).append(f"{finding.subject} ({finding.verdict})")
+    return [
+        f"{check} of {', '.join(names)}. {threshold[0].upper()}{threshold[1:]}. To try: {fix}."
+        for (check, threshold, fix), names in subjects.items()
+    ]
 
 
 def markdown(diagnosis: Diagnosis) -> str:
     """The whole diagnosis as Markdown: each check with its threshold and reason, each finding with all figures."""
-    lines = [
-        f"# Diagnosis of {diagnosis.subject}",
-        "",
-        f"{summary(diagnosis)}. Bridges: the {diagnosis.split} split.",
-        "",
-    ]
+    rows = "All rows" if diagnosis.split == "all" else f"Data: all rows; bridge: the {diagnosis.split} split"
+    lines = [f"# Diagnosis of {diagnosis.subject}", "", f"{rows}. Verdicts: {summary(diagnosis)}.", ""]
     for (check, threshold), group in groupby(_ordered(diagnosis), key=lambda f: (f.check, f.threshold)):
         findings = list(group)
         lines += [f"## {check}", "", f"{threshold[0].upper()}{threshold[1:]}. Why: {findings[0].reason}.", ""]

@@ -309,7 +309,7 @@ class DiffGAP(nn.Module, PyTorchModelHubMixin, library_name="diffgap", license="
         shape = (self.settings.width,) if count is None else (count, self.settings.width)
         generator = torch.Generator().manual_seed(seed)
         seeds = sample_seeds(len(some) * num_samples, generator).view(len(some), num_samples).to(some.device)
-        with _evaluating(self):
+        with evaluating(self):
             z = {name: self.project(name, hidden(x, masks.get(name))) for name, x in sources.items()}
             return self.diffusion.sample(
                 z, masks, target, shape, seeds,
@@ -336,7 +336,7 @@ class DiffGAP(nn.Module, PyTorchModelHubMixin, library_name="diffgap", license="
 
         Sequences are pooled over their frames. Options as in :meth:`translate`.
         """
-        with _evaluating(self):
+        with evaluating(self):
             z = self.project(modality, x)
         lengths = self.inputs.lengths_by_name(options.get("lengths"), {modality: x})
         mask = self.inputs.masks({modality: x}, None, lengths).get(modality)
@@ -370,7 +370,7 @@ class DiffGAP(nn.Module, PyTorchModelHubMixin, library_name="diffgap", license="
         if scoring != "rerank":
             return q @ g.T
         found = find_candidates(q, g, candidates)
-        with _evaluating(self):
+        with evaluating(self):
             shared = information(self.diffusion, encoded[0].side(source), encoded[1].side(target), found.indices)
         return dense_scores(q, g, rerank(found, shared, beta))
 
@@ -401,7 +401,7 @@ class DiffGAP(nn.Module, PyTorchModelHubMixin, library_name="diffgap", license="
 
 
 @contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
+def evaluating(module: nn.Module) -> Iterator[None]:
     """Evaluation mode inside the block."""
     was_training = module.training
     module.eval()

@@ -91,7 +91,7 @@ def test_a_bridge_that_ignores_its_condition(healthy: DiffGAP, store: EmbeddingS
     found = findings(deaf, store)
     for direction in DIRECTIONS:
         condition = found[f"condition/{direction}"]
-        assert condition.verdict == "bad" and "ignored" in condition.fix
+        assert condition.verdict == "bad" and condition.fix
         assert condition.values["gain_over_shuffled"] == pytest.approx(0, abs=1e-6)
         assert found[f"trajectory/{direction}"].verdict == "bad"
 
@@ -106,7 +106,6 @@ def test_a_sampler_that_gives_one_answer(healthy: DiffGAP, store: EmbeddingStore
     for direction in DIRECTIONS:
         collapse = found[f"collapse/{direction}"]
         assert collapse.verdict == "bad" and collapse.values["spread_of_real"] < 0.01
-        assert "nearly one sample" in collapse.fix
 
 
 @torch.no_grad()
@@ -118,12 +117,27 @@ def test_a_sampler_that_is_too_sure_of_each_answer(healthy: DiffGAP, store: Embe
         collapse = found[f"collapse/{direction}"]
         assert (collapse.verdict, found[f"gap/{direction}"].verdict) == ("warn", "good")
         assert collapse.values["spread_of_truth"] < 0.1 < collapse.values["spread_of_real"]
+        assert "for generation" in collapse.fix
 
 
 def test_a_collapsed_encoder_shows_in_the_contrastive_space(healthy: DiffGAP) -> None:
     arrays = gapped_arrays()
     arrays["text"] = normalize(torch.ones(16) + 0.25 * arrays["text"], dim=1)
     assert wrong(findings(healthy, as_store(arrays)))["spread/text, projected"] == "bad"
+
+
+@torch.no_grad()
+def test_a_bridge_that_gives_nan(healthy: DiffGAP, store: EmbeddingStore) -> None:
+    broken = copy.deepcopy(healthy)
+    broken.diffusion.denoiser.head.vector.bias.fill_(torch.nan)
+    assert wrong(findings(broken, store)) == {f"finite/{direction}": "bad" for direction in DIRECTIONS}
+
+
+def test_real_embeddings_without_spread_are_not_the_samplers_fault(samples: Samples) -> None:
+    same = samples.target[:1].expand(60, -1)
+    for drawn in (samples.drawn, same[:, None].expand(60, 8, 16)):
+        values = check_collapse(replace(samples, target=same, drawn=drawn), "").values.values()
+        assert all(torch.tensor([*values]).isfinite())
 
 
 def test_only_directions_that_are_trained_are_checked(store: EmbeddingStore) -> None:
@@ -219,6 +233,9 @@ def test_collapse_measures_the_samples_against_the_real(samples: Samples) -> Non
     assert finding.verdict == "good"
     assert finding.values["spread_of_truth"] == pytest.approx(1, abs=0.1)
     assert finding.values["rank_of_real"] == pytest.approx(1, abs=0.05)
+    alike = normalize(own[:, 1:2] + 0.02 * own, dim=-1)  # as varied as the real, but sure of each answer
+    sure = check_collapse(replace(samples, drawn=alike, target=own[:, 0]), "")
+    assert sure.verdict == "warn" and sure.values["spread_of_truth"] < 0.25 < 0.5 < sure.values["spread_of_real"]
     line = torch.linspace(-1, 1, 60, dtype=torch.float64)[:, None, None] * real[0] + real[1]
     flat = check_collapse(replace(samples, drawn=normalize(line.expand(60, 8, 16), dim=-1)), "")
     assert flat.verdict == "bad" and flat.values["rank_of_real"] < 0.25
@@ -233,7 +250,7 @@ def test_gap_verdicts(samples: Samples) -> None:
     source = normalize(samples.target + samples.target.roll(1, 0), dim=-1)  # centred with the targets, and less close
     aside = normalize(samples.target + 0.5 * torch.eye(16, dtype=torch.float64)[0], dim=-1)
     moved = check_gap(replace(samples, source=source, translated=aside), "")
-    assert moved.verdict == "warn" and "further off" in moved.fix
+    assert moved.verdict == "warn" and moved.values["gain_low"] > 0
 
 
 @pytest.fixture(scope="module")
