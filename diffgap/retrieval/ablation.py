@@ -6,7 +6,7 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import combinations
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 from diffgap._files import atomic_file
 from diffgap.models.scoring import Scoring, score_features
 from diffgap.retrieval.bootstrap import Interval, bootstrap_strata
-from diffgap.retrieval.evaluate import choose_alpha, encode_pair, items, rank, validation_scores
+from diffgap.retrieval.evaluate import choose_alpha, encode_pairs, rank, validation_scores
 from diffgap.retrieval.metrics import per_query_metrics
 from diffgap.training.folder import exclusive
 from diffgap.training.grid import Grid, GridRun
@@ -40,13 +40,13 @@ class RunScores:
     Attributes:
         ranks: [scoring][direction] -> (N,) strict ranks from 1.
         groups: [direction] -> (N,) the concept of each query.
-        alphas: [direction] -> the fusion weight, chosen on the validation split.
+        alpha: The fusion weight, chosen on the validation split.
         seconds: Time of all training steps and validations, or ``None`` where it was never taken.
     """
 
     ranks: dict[Scoring, dict[str, list[int]]]
     groups: dict[str, list[str]]
-    alphas: dict[str, float]
+    alpha: float
     seconds: float | None
 
     def values(self, scoring: Scoring, metric: str) -> dict[str, Array]:
@@ -175,23 +175,20 @@ def complete(run: GridRun, output: Path, split: str) -> None:
 
 
 def _evaluate(folder: Path, split: str) -> dict[str, Any]:
-    """Ranks, groups and fusion weights of a trained run, as :class:`RunScores` has them."""
+    """Ranks, groups and fusion weight of a trained run, as :class:`RunScores` has them."""
     model, config = load_run(folder)
     store = load_data(config.data)
-    found: dict[str, Any] = {"ranks": {name: {} for name in SCORINGS}, "groups": {}, "alphas": {}}
-    for pair in combinations(model.modalities, 2):
-        sides, val_sides = ({name: items(store.split(part), name) for name in pair} for part in (split, "val"))
-        encoded = encode_pair(model, sides, seed=0)
-        val_encoded = encoded if split == "val" else encode_pair(model, val_sides, seed=0)
-        for query, gallery in (pair, pair[::-1]):
+    val = encode_pairs(model, store.split("val"), seed=0)
+    alpha = choose_alpha(val)
+    found: dict[str, Any] = {"ranks": {name: {} for name in SCORINGS}, "groups": {}, "alpha": alpha}
+    for encoded, sides in val if split == "val" else encode_pairs(model, store.split(split), seed=0):
+        for query, gallery in permutations(sides):
             name = f"{query} -> {gallery}"
-            alpha = choose_alpha(val_encoded, val_sides, query, gallery)
             for scoring in SCORINGS:
                 features = score_features(encoded[query], encoded[gallery], scoring, alpha)
                 scores = rank(*features, sides[query].groups, sides[gallery].groups)
                 found["ranks"][scoring][name] = scores.values["rank"].long().tolist()
             found["groups"][name] = scores.groups.tolist()
-            found["alphas"][name] = alpha
     return found
 
 

@@ -13,9 +13,9 @@ from rich.table import Table
 
 from diffgap._files import atomic_folder
 from diffgap.retrieval.bootstrap import Interval
-from diffgap.retrieval.evaluate import Report
+from diffgap.retrieval.evaluate import ALL_DIRECTIONS, Report
 
-COLUMNS = ("R@1", "R@5", "R@10", "mAP@10", "MedR")
+COLUMNS = ("R@1", "R@5", "R@10", "mAP@10", "MRR", "MedR")
 
 
 def _sizes(values: list[int]) -> str:
@@ -56,6 +56,25 @@ def terminal_table(report: Report) -> Table:
     return table
 
 
+def _direction(report: Report, name: str) -> list[str]:
+    """The table of one direction, and its differences."""
+    found = {method: cells[name] for method, cells in report.metrics.items() if name in cells}
+    columns = [column for column in COLUMNS if all(column in cells for cells in found.values())]
+    lines = ["| method | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    for method, cells in found.items():
+        lines.append(f"| {method} | " + " | ".join(_cell(column, cells[column]) for column in columns) + " |")
+    lines += [
+        "",
+        "| difference | " + " | ".join(report.differences) + " |",
+        "|---" * (len(report.differences) + 1) + "|",
+    ]
+    for comparison, directions in next(iter(report.differences.values()), {}).items():
+        if name in directions:
+            cells_ = " | ".join(_difference(by_metric[comparison][name]) for by_metric in report.differences.values())
+            lines.append(f"| {comparison} | {cells_} |")
+    return [*lines, ""]
+
+
 def markdown(report: Report) -> str:
     """The whole report as Markdown."""
     lines = [f"# Retrieval on the {report.split} split", ""]
@@ -65,20 +84,19 @@ def markdown(report: Report) -> str:
         "against the method.",
         "",
     ]
+    weights = ", ".join(f"{weight:g}" for weight in report.alphas)
+    lines += [f"Fusion weight of each run, chosen on validation data for all directions together: {weights}.", ""]
+    lines += [
+        f"## {ALL_DIRECTIONS[0].upper()}{ALL_DIRECTIONS[1:]}",
+        "",
+        "Their mean; one draw of concepts for all.",
+        "",
+    ]
+    lines += _direction(report, ALL_DIRECTIONS)
     for name, direction in report.directions.items():
         lines += [f"## {name}", ""]
         lines += [f"{_sizes(direction.queries)} queries, {_sizes(direction.gallery_sizes)} in the gallery.", ""]
-        lines += ["| method | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
-        for method, by_direction in report.metrics.items():
-            if name in by_direction:
-                cells = " | ".join(_cell(metric, by_direction[name][metric]) for metric in COLUMNS)
-                lines.append(f"| {method} | {cells} |")
-        lines.append("")
-        for comparison, differences in report.differences.items():
-            if name in differences:
-                lines.append(f"- R@5, {comparison}: {_difference(differences[name])}")
-        weights = ", ".join(f"{weight:g}" for weight in report.alphas[name])
-        lines += [f"- fusion weight chosen on validation: {weights}", ""]
+        lines += _direction(report, name)
     lines += ["## The modality gap (first run)", ""]
     headings = ("centroid distance", "paired cosine", "unpaired cosine", "relative gap", "linear separability")
     lines += ["| direction | queries | " + " | ".join(headings) + " |", "|---" * (len(headings) + 2) + "|"]
@@ -105,7 +123,10 @@ def as_json(report: Report) -> dict[str, Any]:
             method: {name: plain(cells) for name, cells in by_direction.items()}
             for method, by_direction in report.metrics.items()
         },
-        "differences_r5": {name: plain(cells) for name, cells in report.differences.items()},
+        "differences": {
+            metric: {comparison: plain(cells) for comparison, cells in by_comparison.items()}
+            for metric, by_comparison in report.differences.items()
+        },
         "alphas": report.alphas,
         "gaps": {
             name: {"before": asdict(before), "after": asdict(after)} for name, (before, after) in report.gaps.items()

@@ -75,7 +75,8 @@ def test_the_table_has_the_numbers_of_evaluate_runs(done: tuple[Path, Grid, Abla
         )
         for scoring in SCORINGS:
             for metric in METRICS:
-                expected = {d: cells[metric].estimate for d, cells in report.metrics[LABELS[scoring]].items()}
+                by_direction = report.metrics[LABELS[scoring]]
+                expected = {d: by_direction[d][metric].estimate for d in report.directions}
                 assert rows[name].directions[scoring][metric] == pytest.approx(expected)
                 cell = rows[name].cells[scoring][metric].mean
                 assert cell.estimate == pytest.approx(np.mean(list(expected.values())))

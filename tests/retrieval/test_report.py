@@ -29,9 +29,9 @@ def report() -> Report:
         directions={name: Direction(*name.split(" -> "), [12, 14], [12, 12]) for name in names},
         metrics={"ridge": dict.fromkeys(names, cell), "bridge + cosine": dict.fromkeys(names, cell)},
         differences={
-            "bridge - heads (cosine)": {names[0]: Interval(0.1, -0.1, 0.3), names[1]: Interval(0.2, 0.1, 0.3)}
+            "R@5": {"bridge - heads (cosine)": {names[0]: Interval(0.1, -0.1, 0.3), names[1]: Interval(0.2, 0.1, 0.3)}}
         },
-        alphas={name: [0.5, 2.0] for name in names},
+        alphas=[0.5, 2.0],
         gaps={name: (gap, gap) for name in names},
         embeddings={name: (points[0], points[1], points[2]) for name in names},
         trajectory={name: [0.1, 0.4] for name in names},
@@ -51,8 +51,8 @@ def test_markdown_says_what_is_noise(report: Report) -> None:
     assert "| ridge | 50.0 [25.0, 75.0] |" in text
     assert "12-14 queries, 12 in the gallery" in text
     assert "+10.0 [-10.0, +30.0] (within noise)" in text
-    assert "+20.0 [+10.0, +30.0]\n" in text
-    assert "fusion weight chosen on validation: 0.5, 2" in text
+    assert "+20.0 [+10.0, +30.0] |\n" in text
+    assert "chosen on validation data for all directions together: 0.5, 2." in text
     assert "| text -> audio | bridged | 0.900 | 0.100 | 0.000 | 0.500 | 0.750 |" in text
 
 
