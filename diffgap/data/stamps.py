@@ -30,7 +30,7 @@ __all__ = ["MODALITIES", "NUM_SEEDS", "STAMPS_FOLDER", "load_stamps", "project_s
 
 STAMPS_FOLDER = Path(__file__).parent / "stamps"
 MODALITIES = ("audio", "text", "image")
-NUM_SEEDS = 20
+NUM_SEEDS = 30
 Split = Literal["concept", "folder"]
 
 
@@ -44,7 +44,7 @@ def load_stamps(
 
     ``split="concept"`` (default) keeps every English caption in one part; ``"folder"`` keeps every folder of
     the collection (birds, fruit, tools ...) in one part and is much harder for images. In both, captions that
-    share a recording or hold nearly the same one or the same picture are in one part too. ``seed`` 0..19 picks
+    share a recording or hold nearly the same one or the same picture are in one part too. ``seed`` 0..29 picks
     the list. ``center_languages`` subtracts from each recording the mean of the training recordings of its
     language, without which the languages are far apart and a linear map must spend itself on that.
 

@@ -32,7 +32,7 @@ class DataConfig:
     split: Literal["concept", "folder"] = "concept"
     """Bundled set only: concepts unseen in training, or whole folders of concepts unseen (harder)."""
     split_seed: int = 0
-    """Bundled set only: which of the twenty fixed splits, 0 to 19."""
+    """Bundled set only: which of the thirty fixed splits, 0 to 29."""
     modalities: tuple[str, ...] = ()
     """Modalities to bridge; empty for all in the store."""
 

@@ -161,7 +161,7 @@ class TestLoadStamps:
         ("arguments", "message"),
         [
             ({"split": "random"}, "split 'random' is unknown"),
-            ({"seed": 20}, r"seed 20 has no split list; choose 0\.\.19"),
+            ({"seed": 30}, r"seed 30 has no split list; choose 0\.\.29"),
             ({"seed": -1}, "seed -1"),
             ({"seed": True}, "seed True"),
             ({"modalities": ["video"]}, "must be a sequence out of audio, text, image"),

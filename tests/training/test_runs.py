@@ -44,7 +44,7 @@ def test_load_data_opens_stamps_and_stores(tmp_path: Path) -> None:
     ("changes", "error", "message"),
     [
         ({"path": "nowhere"}, FileNotFoundError, "nowhere is not an embedding store"),
-        ({"split_seed": 20}, ValueError, r"seed 20 has no split list; choose 0\.\.19"),
+        ({"split_seed": 30}, ValueError, r"seed 30 has no split list; choose 0\.\.29"),
         ({"modalities": ("audio", "smell")}, ValueError, r"data\.modalities names 'smell', which stamps does not hold"),
     ],
 )
