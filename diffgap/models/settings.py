@@ -33,9 +33,9 @@ class BridgeSettings:
     embeddings_per_input: float = 3.0
     """Dropout grows until a modality has this many distinct training embeddings for each input that is left; 0 for
     `head_dropout` alone. A few hundred pictures of 1,280 coordinates need .88, thousands of recordings .5."""
-    heads_first: float = 1 / 3
-    """Share of the training steps in which the heads are trained alone; for the rest they are frozen and the diffusion
-    is trained, from the best linear denoiser of what they give. 0 trains all together, as the paper does."""
+    heads_first: float = 0.17
+    """Share of the training steps in which the heads are trained alone, 510 of 3,000; for the rest they are frozen and
+    the diffusion is trained on what they give. 0 trains all together, as the paper does."""
     head_learning_rate: float = 0.3
     """Learning rate of the heads, in units of the trainer's: from a CCA start they need to move only a little."""
     contrastive: Contrastive = "clip"
@@ -52,9 +52,10 @@ class BridgeSettings:
     """Noise levels of the schedule."""
     prediction: Prediction = "sample"
     """What the denoiser predicts. The paper trains epsilon; sample (x0) measured better on embeddings."""
-    precondition: Precondition = "gaussian"
-    """What the network's output is added to: the best linear denoiser of the training pairs, or nothing. Learnt from a
-    few hundred concepts alone, the network is worse than ridge regression."""
+    precondition: Precondition = "none"
+    """What the network's output is added to: the best linear denoiser of the training pairs ("gaussian"), or nothing.
+    The linear one gives a bridge before any training; but fused with the cosine, what a network learns alone tells
+    more that the heads do not know (validation MRR on the stamps +0.9 against +0.6 after 800 steps)."""
     scaling: EmbeddingScaling = "sqrt_dim"
     """Unit vectors have coordinates of 1/sqrt(width), invisible beside unit noise: scaled or whitened first."""
     zero_terminal_snr: bool = False
@@ -139,7 +140,6 @@ class BridgeSettings:
                 head_init="random",
                 embeddings_per_input=0.0,
                 heads_first=0.0,
-                precondition="none",
                 schedule="linear",
                 prediction="epsilon",
                 split="alternate",

@@ -41,7 +41,7 @@ class DataConfig:
 class TrainConfig:
     """Optimisation, validation and checkpoints. AdamW with linear warm-up and cosine decay to zero."""
 
-    steps: int = 1200
+    steps: int = 3000
     """Optimizer steps."""
     batch_size: int = 256
     """Rows in one optimizer step, over all processes and accumulated micro-batches."""

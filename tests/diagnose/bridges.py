@@ -13,7 +13,7 @@ from diffgap.training.batches import collate, fit_data
 from tests.synthetic import TINY
 
 #: Embeddings as two encoders of one contrastive space give them: the heads leave the gap to the bridge.
-SETTINGS = replace(TINY, head="identity", contrastive="none", sampling_steps=8)
+SETTINGS = replace(TINY, head="identity", contrastive="none", precondition="gaussian", sampling_steps=8)
 
 
 def gapped_arrays(groups: int = 240, noise: float = 0.4) -> dict[str, torch.Tensor]:

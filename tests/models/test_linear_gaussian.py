@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from diffgap.models.linear_gaussian import LinearGaussian, posterior_coefficient
 from tests.helpers import assert_close_to_oracle
 
 WIDTH = 12
+SMALL: dict[str, Any] = {"width": 8, "tokens": 2, "denoiser_width": 16, "heads": 2}
 PREDICTIONS: tuple[Prediction, ...] = ("sample", "epsilon", "v_prediction", "flow_prediction")
 
 
@@ -155,7 +157,7 @@ def test_untrained_bridge_translates_by_ridge_regression_and_samples_around_it()
     generator = torch.Generator().manual_seed(0)
     latent = torch.randn(400, 6, generator=generator)
     x = {m: latent @ torch.randn(6, d, generator=generator) for m, d in (("audio", 14), ("text", 10))}
-    bridge = DiffGAP({"audio": 14, "text": 10}, BridgeSettings(width=8, tokens=2, denoiser_width=16, heads=2))
+    bridge = DiffGAP({"audio": 14, "text": 10}, BridgeSettings(**SMALL, precondition="gaussian"))
     bridge.fit(x)
     translated = bridge.translate("audio", text=x["text"])
     again = bridge.translate("audio", text=x["text"], seed=1)
