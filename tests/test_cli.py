@@ -19,7 +19,7 @@ from tests.synthetic import DIMS, make_store, saved_config
 COMMANDS = {
     "demo": ["--output", "--steps"],
     "train": ["OUTPUT", "--config", "--preset", "--data.path", "--train.learning-rate", "(default: 0.001)"],
-    "eval": ["RUN ...", "--split {val,test}", "(default: 1000)"],
+    "eval": ["RUN ...", "--split {val,test}", "{cosine,bridge,fusion,rerank}", "--few-steps", "(default: 1000)"],
     "sample": ["RUN", "SOURCE", "TARGET", "OUTPUT", "--num-samples", "--guidance-scale"],
     "import": ["SOURCE", "OUTPUT", "--csv", "--id", "--group", "--split", "--fractions", "--split-seed", "--dtype"],
     "doctor": ["usage: diffgap doctor"],
@@ -104,6 +104,36 @@ def test_eval_writes_a_report(trained: Path, tmp_path: Path, capsys: pytest.Capt
     assert run(*arguments) == 0  # an earlier report is replaced
 
 
+def test_eval_takes_scorings_sampling_and_weights(trained: Path, tmp_path: Path) -> None:
+    arguments = ["eval", trained / "run", "--output", tmp_path / "eval", "--no-baselines", "--bootstrap", 5]
+    scoring = ["--scoring", "cosine", "bridge", "fusion", "rerank", "--candidates", 3, "--alpha", 0.5, "--beta", 2]
+    sampling = ["--steps", 2, "--num-samples", 3, "--guidance-scale", 1.5, "--solver", "ddim", "--split", "val"]
+    assert run(*arguments, *scoring, *sampling) == 0
+    report = json.loads((tmp_path / "eval" / "report.json").read_text())
+    expected = {"scoring steps": 2, "scoring samples": 3, "guidance": 1.5, "solver": "ddim"}
+    assert expected.items() <= report["settings"].items()
+    assert (report["split"], report["alphas"], report["betas"]) == ("val", [0.5], [2.0])
+    assert report["metrics"].keys() == {"heads (cosine)", "bridge", "bridge + cosine", "re-ranked"}
+    assert report["costs"]["bridge"]["query_calls"] == 2 * 3 * 2  # steps, samples, with and without the condition
+    assert report["costs"]["re-ranked"]["query_calls"] == 2 * 3 * 2 + 4 * (2 * 3 + 1)
+
+
+def test_eval_of_few_steps(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("diffgap.retrieval.few_steps.STEPS", (1, 3))
+    monkeypatch.setattr("diffgap.retrieval.few_steps.SAMPLES", (1, 2))
+    arguments = ["eval", trained / "run", "--output", tmp_path / "eval", "--no-baselines", "--bootstrap", 5]
+    assert run(*arguments, "--few-steps", "--solver", "ddim") == 0
+    found = json.loads((tmp_path / "eval" / "report.json").read_text())["few_steps"]
+    assert [(one["steps"], one["num_samples"], one["calls"]) for one in found] == [
+        (1, 1, 1),
+        (3, 1, 3),
+        (1, 2, 2),
+        (3, 2, 6),
+    ]
+    assert {one["solver"] for one in found} == {"ddim"}
+    assert (tmp_path / "eval" / "few_steps.png").is_file()
+
+
 def test_sample_from_the_runs_own_data(trained: Path, tmp_path: Path) -> None:
     assert run("sample", trained / "run", "text", "audio", tmp_path / "out", "--num-samples", 3) == 0
     store, inputs = EmbeddingStore.open(tmp_path / "out"), EmbeddingStore.open(trained / "store").split("test")
@@ -184,6 +214,9 @@ def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
         (["eval"], "runs is empty"),
         (["eval", "nowhere"], "nowhere is no run folder (no config.yaml); train one"),
         (["eval", "nowhere", "--bootstrap", "0"], "bootstrap is 0; use 1"),
+        (["eval", "nowhere", "--steps", "0"], "steps is 0; use 1 or more"),
+        (["eval", "nowhere", "--scoring", "dot"], "invalid choice 'dot'"),
+        (["eval", "nowhere", "--solver", "heun"], "solver 'heun' does not exist; use one of"),
         (["sample", "nowhere", "a", "b", "c"], "nowhere is no run folder"),
         (["import", "nowhere", "x"], "nowhere is not a folder"),
         (["import", "a", "b", "--split", "s", "--fractions", "1", "0", "0"], "split and fractions were both given"),

@@ -15,7 +15,7 @@ from diffgap.data.store import EmbeddingStore
 from diffgap.diagnose.finding import Finding, judge
 from diffgap.diagnose.statistics import effective_rank
 from diffgap.retrieval.diagnostics import unpaired_cosine
-from diffgap.retrieval.evaluate import items
+from diffgap.retrieval.tasks import items
 
 #: Rows of one modality that are looked at, evenly spaced: enough for every figure here to two digits.
 MAX_ROWS = 20_000

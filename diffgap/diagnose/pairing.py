@@ -12,7 +12,7 @@ from diffgap.diagnose.data import MAX_ROWS, Rows, evenly, sound_rows
 from diffgap.diagnose.finding import Finding, judge
 from diffgap.diagnose.statistics import permutation_p_value
 from diffgap.models.heads import shared_space
-from diffgap.retrieval.evaluate import items
+from diffgap.retrieval.tasks import items
 
 #: Fewer groups are not checked: a map of one half of them would follow the noise of three.
 MIN_GROUPS = 8

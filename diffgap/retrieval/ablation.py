@@ -6,7 +6,6 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +13,12 @@ import numpy as np
 import torch
 
 from diffgap._files import atomic_file
-from diffgap.models.scoring import Scoring, score_features
+from diffgap.models.scoring import Scoring
 from diffgap.retrieval.bootstrap import Interval, bootstrap_strata
-from diffgap.retrieval.evaluate import choose_alpha, encode_pairs, rank, validation_scores
+from diffgap.retrieval.evaluate import validation_scores
 from diffgap.retrieval.metrics import per_query_metrics
+from diffgap.retrieval.tasks import directions, encode_pairs, rank_direction
+from diffgap.retrieval.weights import choose_alpha
 from diffgap.training.folder import exclusive
 from diffgap.training.grid import Grid, GridRun
 from diffgap.training.runs import load_data, load_run
@@ -181,14 +182,13 @@ def _evaluate(folder: Path, split: str) -> dict[str, Any]:
     val = encode_pairs(model, store.split("val"), seed=0)
     alpha = choose_alpha(val)
     found: dict[str, Any] = {"ranks": {name: {} for name in SCORINGS}, "groups": {}, "alpha": alpha}
-    for encoded, sides in val if split == "val" else encode_pairs(model, store.split(split), seed=0):
-        for query, gallery in permutations(sides):
-            name = f"{query} -> {gallery}"
-            for scoring in SCORINGS:
-                features = score_features(encoded[query], encoded[gallery], scoring, alpha)
-                scores = rank(*features, sides[query].groups, sides[gallery].groups)
-                found["ranks"][scoring][name] = scores.values["rank"].long().tolist()
-            found["groups"][name] = scores.groups.tolist()
+    pairs = val if split == "val" else encode_pairs(model, store.split(split), seed=0)
+    for pair, query, gallery in directions(pairs):
+        name = f"{query} -> {gallery}"
+        for scoring in SCORINGS:
+            scores = rank_direction(pair, query, gallery, scoring, alpha)
+            found["ranks"][scoring][name] = scores.values["rank"].long().tolist()
+        found["groups"][name] = scores.groups.tolist()
     return found
 
 

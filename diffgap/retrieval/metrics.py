@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from diffgap.models.scoring import Candidates
 from diffgap.ops.similarity import Ties, similarity_rank_counts
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "per_query_metrics",
     "positive_ranks",
     "positive_ranks_from_scores",
+    "reranked_positive_ranks",
     "retrieval_metrics",
 ]
 
@@ -93,6 +95,35 @@ def positive_ranks_from_scores(scores: Tensor, query_ids: Ids, gallery_ids: Ids,
         target = rows.gather(1, positives[part, None])
         above[part], tied[part] = (rows > target).sum(1), (rows == target).sum(1) - 1
     return _sorted_ranks(above, tied, pairs, column, len(scores), ties)
+
+
+def reranked_positive_ranks(
+    queries: Tensor, gallery: Tensor, candidates: Candidates, query_ids: Ids, gallery_ids: Ids, *, ties: Ties = "strict"
+) -> Tensor:
+    """``positive_ranks``, by inner product, of lists whose first places the candidates share by their own scores.
+
+    A positive among the candidates competes with them alone, any other with the whole gallery by inner product.
+
+    Args:
+        queries, gallery, query_ids, gallery_ids: As in :func:`positive_ranks`.
+        candidates: Of the same queries, from :func:`diffgap.models.scoring.find_candidates` of the same two.
+
+    Raises:
+        ValueError: As :func:`positive_ranks`; or a candidate's score is NaN.
+    """
+    _check_ties(ties)
+    for name, values in (("queries", queries), ("gallery", gallery)):
+        _check_finite(name, values)
+    if candidates.scores.isnan().any():
+        raise ValueError("candidates have NaN scores; check the model that re-ranked them")
+    pairs, positives, column = _pairs(query_ids, gallery_ids, len(queries), len(gallery))
+    above, tied, _ = similarity_rank_counts(queries[pairs], gallery, positives)
+    indices, scores = candidates.indices[pairs], candidates.scores[pairs]
+    own = scores.masked_fill(indices != positives[:, None], -torch.inf).amax(1, keepdim=True)
+    inside = own.squeeze(1).isfinite()
+    above = torch.where(inside, (scores > own).sum(1), above)
+    tied = torch.where(inside, (scores == own).sum(1) - 1, tied)
+    return _sorted_ranks(above, tied, pairs, column, len(queries), ties)
 
 
 def per_query_metrics(ranks: Tensor) -> dict[str, Tensor]:

@@ -9,10 +9,16 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-from diffgap.retrieval.evaluate import Report
+from diffgap.retrieval.summary import Report, overall
 
 # Figures without pyplot: no window, and the caller's own choice of backend stays.
-_COLOURS = {"baseline": "#9aa5b1", "heads (cosine)": "#4c78a8", "bridge": "#f2a154", "bridge + cosine": "#d1495b"}
+_COLOURS = {
+    "baseline": "#9aa5b1",
+    "heads (cosine)": "#4c78a8",
+    "bridge": "#f2a154",
+    "bridge + cosine": "#d1495b",
+    "re-ranked": "#7b3294",
+}
 
 
 def _save(figure: Figure, path: Path) -> None:
@@ -69,7 +75,7 @@ def gap(report: Report, path: Path) -> None:
         axis.set_xticks([])
         axis.set_yticks([])
         axis.legend(fontsize=7, loc="best", frameon=False)
-    figure.suptitle("The gap before and after bridging (test pairs, principal axes)", fontsize=11)
+    figure.suptitle(f"The gap before and after bridging ({report.split} pairs, principal axes)", fontsize=11)
     figure.tight_layout()
     _save(figure, path)
 
@@ -85,4 +91,44 @@ def trajectory(report: Report, path: Path) -> None:
     axis.set_title("One sample on its way from noise to the other modality", fontsize=10)
     axis.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     axis.spines[["top", "right"]].set_visible(False)
+    _save(figure, path)
+
+
+def few_steps(report: Report, path: Path) -> None:
+    """R@5, paired cosine and separability of the bridged embedding over the steps, one colour a number of samples."""
+    figure = Figure(figsize=(12.6, 3.4))
+    recalls, *others = figure.subplots(1, 3)
+    colours = (_COLOURS["heads (cosine)"], _COLOURS["bridge + cosine"])
+    for samples, colour in zip(sorted({tried.num_samples for tried in report.few_steps}), colours, strict=False):
+        tried = [one for one in report.few_steps if one.num_samples == samples]
+        steps = [one.steps for one in tried]
+        for method, style in (("bridge", "-"), ("bridge + cosine", ":")):
+            cells = [overall(one.metrics[method])["R@5"] for one in tried]
+            recalls.plot(
+                steps,
+                [100 * c.estimate for c in cells],
+                style,
+                marker="o",
+                ms=3.5,
+                c=colour,
+                label=f"{method}, K = {samples}",
+            )
+            if method == "bridge":
+                low, high = ([100 * c.low for c in cells], [100 * c.high for c in cells])
+                recalls.fill_between(steps, low, high, color=colour, alpha=0.12, lw=0)
+        for axis, name in zip(others, ("paired_cosine", "linear_separability"), strict=True):
+            axis.plot(steps, [one.gap[name] for one in tried], marker="o", ms=3.5, c=colour, label=f"K = {samples}")
+    labels = ("R@5, percent (band: 95% of bridge)", "cosine with the true pair", "linear separability from the gallery")
+    for axis, label in zip((recalls, *others), labels, strict=True):
+        steps = sorted({one.steps for one in report.few_steps})
+        axis.set_xscale("log")
+        axis.set_xticks(steps, [str(step) for step in steps])
+        axis.minorticks_off()
+        axis.set_xlabel("sampling steps")
+        axis.set_ylabel(label)
+        axis.legend(fontsize=7, frameon=False)
+        axis.spines[["top", "right"]].set_visible(False)
+    solver = report.few_steps[0].solver
+    figure.suptitle(f"Few steps on {report.split}, solver {solver}, mean over directions", fontsize=11)
+    figure.tight_layout()
     _save(figure, path)

@@ -3,26 +3,32 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE
 from rich.markup import escape
 from rich.table import Table
 
 from diffgap._files import atomic_folder
 from diffgap.retrieval.bootstrap import Interval
-from diffgap.retrieval.evaluate import ALL_DIRECTIONS, Report
+from diffgap.retrieval.summary import ALL_DIRECTIONS, COMPARED, Report, overall
 
 COLUMNS = ("R@1", "R@5", "R@10", "mAP@10", "MRR", "MedR")
+COSTS = ("calls a query", "calls an item", "ms a query")
+_GAP = ("centroid distance", "paired cosine", "unpaired cosine", "relative gap", "linear separability")
 
 
 def _sizes(values: list[int]) -> str:
     return str(values[0]) if len(set(values)) == 1 else f"{min(values)}-{max(values)}"
 
 
-def _cell(metric: str, interval: Interval) -> str:
+def _cell(cells: Mapping[str, Interval], metric: str) -> str:
+    if metric not in cells:
+        return ""
+    interval = cells[metric]
     if metric == "MedR":
         return f"{interval.estimate:.0f}"
     return f"{100 * interval.estimate:.1f} [{100 * interval.low:.1f}, {100 * interval.high:.1f}]"
@@ -33,46 +39,45 @@ def _difference(interval: Interval) -> str:
     return f"{100 * interval.estimate:+.1f} [{100 * interval.low:+.1f}, {100 * interval.high:+.1f}]{verdict}"
 
 
+def _cost(report: Report, method: str) -> list[str]:
+    """Of a method, by :data:`COSTS`; nothing for a baseline, which has no denoiser."""
+    if method not in report.costs:
+        return ["", "", ""]
+    cost = report.costs[method]
+    return [str(cost.query_calls), str(cost.item_calls), f"{cost.milliseconds:.2g}"]
+
+
+def _names(report: Report) -> list[str]:
+    """The mean over directions if any method has it, and each direction."""
+    overall = [ALL_DIRECTIONS] if any(ALL_DIRECTIONS in found for found in report.metrics.values()) else []
+    return [*overall, *report.directions]
+
+
 def terminal_table(report: Report) -> Table:
-    """Recall and median rank of every method and direction, with the interval of R@5."""
+    """Recall, MRR, median rank and cost of every method and direction, with the interval of R@5; 80 columns wide."""
     table = Table(
-        title=f"retrieval on {report.split}, {len(report.runs)} run(s): percent, R@5 with its 95% interval",
+        title=f"retrieval on {report.split}, {len(report.runs)} run(s): percent, R@5 with its 95% interval; denoiser "
+        "calls and ms for a query; queries in gallery beside each direction",
         title_justify="left",
+        box=SIMPLE,
+        padding=(0, 1, 0, 0),
     )
     table.add_column("query -> gallery", no_wrap=True)
-    for heading in ("R@1", "R@5", "R@10", "MedR"):
+    for heading in ("R@1", "R@5", "R@10", "MRR", "MedR", "calls", "ms"):
         table.add_column(heading, justify="right", no_wrap=True)
-    for name, direction in report.directions.items():
-        sizes = f"{_sizes(direction.queries)} in {_sizes(direction.gallery_sizes)}"
+    for name in _names(report):
+        direction = report.directions.get(name)
+        sizes = f"{_sizes(direction.queries)} in {_sizes(direction.gallery_sizes)}" if direction else ""
         table.add_section()
-        table.add_row(f"[bold]{name}[/bold] ({sizes})", "", "", "", "")
+        table.add_row(f"[bold]{name}[/bold]", "", sizes)
         for method, by_direction in report.metrics.items():
             if name in by_direction:
                 cell = by_direction[name]
-                outer = [f"{100 * cell[metric].estimate:.1f}" for metric in ("R@1", "R@10")]
-                table.add_row(
-                    f"  {method}", outer[0], escape(_cell("R@5", cell["R@5"])), outer[1], _cell("MedR", cell["MedR"])
-                )
+                low, high, mrr = (f"{100 * cell[metric].estimate:.1f}" for metric in ("R@1", "R@10", "MRR"))
+                calls, _, milliseconds = _cost(report, method)
+                recall = escape(_cell(cell, "R@5"))
+                table.add_row(f"  {method}", low, recall, high, mrr, _cell(cell, "MedR"), calls, milliseconds)
     return table
-
-
-def _direction(report: Report, name: str) -> list[str]:
-    """The table of one direction, and its differences."""
-    found = {method: cells[name] for method, cells in report.metrics.items() if name in cells}
-    columns = [column for column in COLUMNS if all(column in cells for cells in found.values())]
-    lines = ["| method | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
-    for method, cells in found.items():
-        lines.append(f"| {method} | " + " | ".join(_cell(column, cells[column]) for column in columns) + " |")
-    lines += [
-        "",
-        "| difference | " + " | ".join(report.differences) + " |",
-        "|---" * (len(report.differences) + 1) + "|",
-    ]
-    for comparison, directions in next(iter(report.differences.values()), {}).items():
-        if name in directions:
-            cells_ = " | ".join(_difference(by_metric[comparison][name]) for by_metric in report.differences.values())
-            lines.append(f"| {comparison} | {cells_} |")
-    return [*lines, ""]
 
 
 def markdown(report: Report) -> str:
@@ -83,56 +88,123 @@ def markdown(report: Report) -> str:
         "Percent with 95% intervals (bootstrap over concepts, queries of all runs pooled). Strict ranks: a tie counts "
         "against the method.",
         "",
-    ]
-    weights = ", ".join(f"{weight:g}" for weight in report.alphas)
-    lines += [f"Fusion weight of each run, chosen on validation data for all directions together: {weights}.", ""]
-    lines += [
-        f"## {ALL_DIRECTIONS[0].upper()}{ALL_DIRECTIONS[1:]}",
+        "Weights of each run, for all directions together, chosen on validation data unless they were given: "
+        f"fusion {_weights(report.alphas)}"
+        + (f"; likelihood ratio {_weights(report.betas)}" if report.betas else "")
+        + ".",
         "",
-        "Their mean; one draw of concepts for all.",
+        "A call is one embedding through the denoiser once: for a query, and beforehand for a gallery item. "
+        "Milliseconds are a query's share of all queries of a direction in one batch, from their embeddings to their "
+        "best items: median over runs and directions.",
         "",
     ]
-    lines += _direction(report, ALL_DIRECTIONS)
-    for name, direction in report.directions.items():
-        lines += [f"## {name}", ""]
-        lines += [f"{_sizes(direction.queries)} queries, {_sizes(direction.gallery_sizes)} in the gallery.", ""]
-        lines += _direction(report, name)
-    lines += ["## The modality gap (first run)", ""]
-    headings = ("centroid distance", "paired cosine", "unpaired cosine", "relative gap", "linear separability")
-    lines += ["| direction | queries | " + " | ".join(headings) + " |", "|---" * (len(headings) + 2) + "|"]
-    for name, gaps in report.gaps.items():
-        for label, gap in zip(("as they are", "bridged"), gaps, strict=True):
-            values = asdict(gap)
-            cells = " | ".join(f"{values[heading.replace(' ', '_')]:.3f}" for heading in headings)
-            lines.append(f"| {name} | {label} | {cells} |")
-    return "\n".join(lines) + "\n"
+    for name in _names(report):
+        lines += [f"## {name[0].upper()}{name[1:]}" if name == ALL_DIRECTIONS else f"## {name}", ""]
+        if name in report.directions:
+            direction = report.directions[name]
+            lines += [f"{_sizes(direction.queries)} queries, {_sizes(direction.gallery_sizes)} in the gallery.", ""]
+        else:
+            lines += ["The mean over them, each counting the same; one draw of concepts for all.", ""]
+        lines += _table(["method", *COLUMNS, *COSTS], (
+            [method, *(_cell(by_direction[name], metric) for metric in COLUMNS), *_cost(report, method)]
+            for method, by_direction in report.metrics.items()
+            if name in by_direction
+        ))  # fmt: skip
+        lines += _table(["difference", *COMPARED], (
+            [f"{one} - {other}", *(_difference(by_direction[name][metric]) for metric in COMPARED)]
+            for one, rivals in report.differences.items()
+            for other, by_direction in rivals.items()
+            if name in by_direction
+        ))  # fmt: skip
+    lines += _gaps(report)
+    if report.few_steps:
+        lines += _few_steps(report)
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _weights(values: Sequence[float]) -> str:
+    return ", ".join(f"{value:g}" for value in values)
+
+
+def _table(headings: Sequence[str], rows: Any) -> list[str]:
+    """A Markdown table, or nothing without rows."""
+    found = [f"| {' | '.join(row)} |" for row in rows]
+    return [f"| {' | '.join(headings)} |", "|---" * len(headings) + "|", *found, ""] if found else []
+
+
+def _gaps(report: Report) -> list[str]:
+    return [
+        "## The modality gap (first run)",
+        "",
+        *_table(
+            ["direction", "queries", *_GAP],
+            (
+                [name, label, *(f"{asdict(gap)[heading.replace(' ', '_')]:.3f}" for heading in _GAP)]
+                for name, gaps in report.gaps.items()
+                for label, gap in zip(("as they are", "bridged"), gaps, strict=True)
+            ),
+        ),
+    ]
+
+
+def _few_steps(report: Report) -> list[str]:
+    """The table of steps and samples."""
+    methods = list(report.few_steps[0].metrics)
+    gap = list(report.few_steps[0].gap)
+    return [
+        "## Few steps",
+        "",
+        "Means over directions, percent; the gap is that between bridged queries and gallery, a mean over runs too. "
+        "Calls and milliseconds are of one embedding. Where the denoiser predicts x0, one step from pure noise gives "
+        "the conditional mean, whatever the seed if the schedule ends in noise alone; more steps draw a sample, and K "
+        "of them average back to it.",
+        "",
+        *_table(
+            [
+                "steps", "K", "solver", "calls", "ms",
+                *(f"{method} {metric}" for method in methods for metric in COMPARED),
+                *(name.replace("_", " ") for name in gap),
+            ],
+            (
+                [
+                    str(tried.steps), str(tried.num_samples), tried.solver, str(tried.calls),
+                    f"{tried.milliseconds:.2g}",
+                    *(
+                        _cell(overall(tried.metrics[method]), metric)
+                        for method in methods
+                        for metric in COMPARED
+                    ),
+                    *(f"{tried.gap[name]:.3f}" for name in gap),
+                ]
+                for tried in report.few_steps
+            ),
+        ),
+    ]  # fmt: skip
 
 
 def as_json(report: Report) -> dict[str, Any]:
-    """The report without the embeddings of the plots."""
-
-    def plain(cells: Mapping[str, Interval]) -> dict[str, list[float]]:
-        return {name: list(interval) for name, interval in cells.items()}
-
+    """The report without the embeddings of the plots; an interval is [estimate, low, high]."""
     return {
         "runs": report.runs,
         "split": report.split,
         "settings": report.settings,
         "directions": {name: asdict(direction) for name, direction in report.directions.items()},
-        "metrics": {
-            method: {name: plain(cells) for name, cells in by_direction.items()}
-            for method, by_direction in report.metrics.items()
-        },
-        "differences": {
-            metric: {comparison: plain(cells) for comparison, cells in by_comparison.items()}
-            for metric, by_comparison in report.differences.items()
-        },
+        "metrics": _plain(report.metrics),
+        "differences": _plain(report.differences),
+        "costs": {method: asdict(cost) for method, cost in report.costs.items()},
         "alphas": report.alphas,
+        "betas": report.betas,
         "gaps": {
             name: {"before": asdict(before), "after": asdict(after)} for name, (before, after) in report.gaps.items()
         },
         "trajectory": report.trajectory,
+        "few_steps": [{**vars(tried), "metrics": _plain(tried.metrics)} for tried in report.few_steps],
     }
+
+
+def _plain(found: Any) -> Any:
+    """Intervals below any depth of mappings as lists."""
+    return {name: _plain(value) for name, value in found.items()} if isinstance(found, Mapping) else list(found)
 
 
 def check_output(folder: Path) -> None:
@@ -160,3 +232,5 @@ def write_report(report: Report, folder: Path) -> None:
         plots.recall(report, temporary / "recall.png")
         plots.gap(report, temporary / "gap.png")
         plots.trajectory(report, temporary / "trajectory.png")
+        if report.few_steps:
+            plots.few_steps(report, temporary / "few_steps.png")

@@ -22,7 +22,8 @@ from diffgap.data.store import write_store
 from diffgap.models.settings import BridgeSettings
 from diffgap.retrieval import ablation_report
 from diffgap.retrieval.ablation import METRICS, SCORINGS, Ablation, complete, run_grid
-from diffgap.retrieval.evaluate import encode_pair, evaluate_runs, items
+from diffgap.retrieval.evaluate import evaluate_runs
+from diffgap.retrieval.tasks import encode_pair, items
 from diffgap.training.folder import exclusive
 from diffgap.training.grid import Grid, GridRun
 from diffgap.training.runs import load_run
@@ -111,10 +112,10 @@ def test_a_twin_shares_runs_and_a_failure_is_recorded(done: tuple[Path, Grid, Ab
 def test_an_untrained_direction_takes_no_part_in_scores(done: tuple[Path, Grid, Ablation]) -> None:
     model, _ = load_run(done[0] / "out" / "one-way" / "seed0")
     sides = {name: items(make_store(), name) for name in ("audio", "text")}
-    encoded = encode_pair(model, sides, seed=0)
+    encoded = encode_pair(model, sides, seed=0).encoded
     assert not encoded["text"].bridged.any() and encoded["audio"].bridged.any()
     model.settings = replace(model.settings, directions="video -> *")
-    for side in encode_pair(model, sides, seed=0).values():
+    for side in encode_pair(model, sides, seed=0).encoded.values():
         assert side.bridged.equal(side.own)
 
 

@@ -17,7 +17,7 @@ from diffgap.models.bridge import DiffGAP
 from diffgap.models.inputs import frame_mask
 from diffgap.models.linear_gaussian import LinearGaussian
 from diffgap.models.settings import BridgeSettings
-from diffgap.retrieval.evaluate import Items, encode_pair
+from diffgap.retrieval.tasks import Items, encode_pair
 from diffgap.training.batches import collate, fit_data
 from diffgap.training.config import RunConfig
 from diffgap.training.runs import load_run
@@ -129,7 +129,7 @@ def test_evaluation_bridges_to_the_typical_length_of_the_gallery(spoken: Path) -
     model, x, lengths = recordings(spoken, "audio")
     texts, groups = torch.randn(3, 384), np.arange(len(x)).astype(str)
     sides = {"audio": Items(x, groups, lengths), "text": Items(texts, groups[:3])}
-    found = encode_pair(model, sides, num_samples=1)["text"].bridged
+    found = encode_pair(model, sides, num_samples=1).encoded["text"].bridged
     typical = model.encode("text", texts, "audio", frames=int(lengths.median()), num_samples=1).bridged
     padded = model.encode("text", texts, "audio", frames=16, num_samples=1).bridged
     assert relative_l2(found, typical) < 1e-5 < relative_l2(found, padded)
