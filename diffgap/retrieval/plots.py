@@ -95,32 +95,31 @@ def trajectory(report: Report, path: Path) -> None:
 
 
 def few_steps(report: Report, path: Path) -> None:
-    """R@5, paired cosine and separability of the bridged embedding over the steps, one colour a number of samples."""
-    figure = Figure(figsize=(12.6, 3.4))
-    recalls, *others = figure.subplots(1, 3)
+    """Recall, time and gap of the bridged embedding over the steps, one colour a number of samples."""
+    figure = Figure(figsize=(12.6, 6.4))
+    axes = figure.subplots(2, 3)
+    steps = sorted({tried.steps for tried in report.few_steps})
     colours = (_COLOURS["heads (cosine)"], _COLOURS["bridge + cosine"])
-    for samples, colour in zip(sorted({tried.num_samples for tried in report.few_steps}), colours, strict=False):
+    for samples, colour in zip(sorted({tried.num_samples for tried in report.few_steps}), colours, strict=True):
         tried = [one for one in report.few_steps if one.num_samples == samples]
-        steps = [one.steps for one in tried]
-        for method, style in (("bridge", "-"), ("bridge + cosine", ":")):
-            cells = [overall(one.metrics[method])["R@5"] for one in tried]
-            recalls.plot(
-                steps,
-                [100 * c.estimate for c in cells],
-                style,
-                marker="o",
-                ms=3.5,
-                c=colour,
-                label=f"{method}, K = {samples}",
-            )
-            if method == "bridge":
-                low, high = ([100 * c.low for c in cells], [100 * c.high for c in cells])
-                recalls.fill_between(steps, low, high, color=colour, alpha=0.12, lw=0)
-        for axis, name in zip(others, ("paired_cosine", "linear_separability"), strict=True):
-            axis.plot(steps, [one.gap[name] for one in tried], marker="o", ms=3.5, c=colour, label=f"K = {samples}")
-    labels = ("R@5, percent (band: 95% of bridge)", "cosine with the true pair", "linear separability from the gallery")
-    for axis, label in zip((recalls, *others), labels, strict=True):
-        steps = sorted({one.steps for one in report.few_steps})
+        x = [one.steps for one in tried]
+        style: dict[str, Any] = {"marker": "o", "ms": 3.5, "c": colour}
+        for axis, metric in zip(axes[0], ("R@5", "MRR"), strict=False):
+            for method, line in (("bridge", "-"), ("bridge + cosine", ":")):
+                cells = [overall(one.metrics[method])[metric] for one in tried]
+                axis.plot(x, [100 * c.estimate for c in cells], line, label=f"{method}, K = {samples}", **style)
+                if method == "bridge":
+                    low, high = ([100 * c.low for c in cells], [100 * c.high for c in cells])
+                    axis.fill_between(x, low, high, color=colour, alpha=0.12, lw=0)
+        axes[0, 2].plot(x, [one.milliseconds for one in tried], label=f"K = {samples}", **style)
+        for axis, name in zip(axes[1], ("paired_cosine", "centroid_distance", "linear_separability"), strict=True):
+            axis.plot(x, [one.gap[name] for one in tried], label=f"K = {samples}", **style)
+    axes[0, 2].set_yscale("log")
+    labels = (
+        "R@5, percent (band: 95%, bridge)", "MRR, percent (band: 95%, bridge)", "ms an embedding",
+        "cosine with the true pair", "distance of the centroids", "separability from the gallery",
+    )  # fmt: skip
+    for axis, label in zip(axes.flat, labels, strict=True):
         axis.set_xscale("log")
         axis.set_xticks(steps, [str(step) for step in steps])
         axis.minorticks_off()

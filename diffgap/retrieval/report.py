@@ -86,7 +86,8 @@ def markdown(report: Report) -> str:
     lines += [f"Runs: {', '.join(report.runs)}. " + "; ".join(f"{k} {v}" for k, v in report.settings.items()) + ".", ""]
     lines += [
         "Percent with 95% intervals (bootstrap over concepts, queries of all runs pooled). Strict ranks: a tie counts "
-        "against the method.",
+        "against the method."
+        + (" Choices were made on this very split, which flatters what was chosen." if report.split == "val" else ""),
         "",
         "Weights of each run, for all directions together, chosen on validation data unless they were given: "
         f"fusion {_weights(report.alphas)}"
