@@ -145,8 +145,8 @@ class Inputs:
             given = [name for name in sources if name in self.sequences]
             if len(given) != 1:
                 raise ValueError(
-                    f"frames is not given; {target!r} is a sequence and the sources {', '.join(sources)} have no one "
-                    "number of frames to copy"
+                    f"frames is not given, and the sources {', '.join(sources)} have no one number of frames to copy; "
+                    f"give the number of frames to sample, as {target!r} is a sequence"
                 )
             (source,) = given
             count = sources[source].shape[1]

@@ -6,11 +6,13 @@ import numpy as np
 import pytest
 import torch
 
+from diffgap.models.scoring import Candidates, dense_scores, find_candidates
 from diffgap.retrieval.metrics import (
     caption_retrieval,
     per_query_metrics,
     positive_ranks,
     positive_ranks_from_scores,
+    reranked_positive_ranks,
     retrieval_metrics,
 )
 
@@ -169,3 +171,28 @@ def test_scores_must_be_finite_and_queries_present() -> None:
         retrieval_metrics(positive_ranks(torch.ones(0, 3), torch.ones(2, 3), torch.ones(0).long(), [0, 1]))
     with pytest.raises(ValueError, match="clip must give each of the 2 captions"):
         caption_retrieval(torch.eye(2), torch.eye(2), [0, 2])
+
+
+@pytest.mark.parametrize("ties", ["strict", "average"])
+@pytest.mark.parametrize("count", [2, 5, 100])
+def test_reranked_ranks_are_those_of_the_whole_matrix(ties: str, count: int) -> None:
+    """Of small integers, so that many scores tie, and exactly; positives among the candidates and beyond."""
+    generator = torch.Generator().manual_seed(count)
+    queries, gallery = (torch.randint(-3, 4, (n, 6), generator=generator).float() for n in (30, 40))
+    ids = torch.randint(0, 6, (40,), generator=generator)
+    query_ids = ids[torch.randint(0, 40, (30,), generator=generator)]
+    found = find_candidates(queries, gallery, count)
+    shuffled = torch.randint(-2, 3, found.scores.shape, generator=generator).float()
+    listed = Candidates(found.indices, torch.where(found.scores.isfinite(), shuffled, found.scores))
+    actual = reranked_positive_ranks(queries, gallery, listed, query_ids, ids, ties=ties)
+    expected = positive_ranks_from_scores(dense_scores(queries, gallery, listed), query_ids, ids, ties=ties)
+    torch.testing.assert_close(actual, expected)
+    plain = positive_ranks(queries, gallery, query_ids, ids, normalize=False, ties=ties)
+    assert (actual != plain).any()
+    torch.testing.assert_close(reranked_positive_ranks(queries, gallery, found, query_ids, ids, ties=ties), plain)
+
+
+def test_candidates_with_nan_scores_are_refused() -> None:
+    found = Candidates(torch.tensor([[0]]), torch.tensor([[torch.nan]]))
+    with pytest.raises(ValueError, match="candidates have NaN scores"):
+        reranked_positive_ranks(torch.ones(1, 2), torch.ones(2, 2), found, [0], [0, 1])

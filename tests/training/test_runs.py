@@ -94,7 +94,7 @@ def test_bridge_embeddings_refuses(run: Path, tmp_path: Path) -> None:
         ({"split": "most"}, "split 'most' is unknown"),
         ({"data": str(tmp_path / "whole.npy")}, "whole.npy holds int64 of shape"),
         ({"data": str(tmp_path / "store")}, "source 'audio' is not in the data; it has image, text"),
-        ({}, "frames is not given; 'video' is a sequence"),
+        ({}, "frames is not given, and .* give the number of frames to sample, as 'video' is a"),
     ):
         with pytest.raises(ValueError, match=message):
             bridge_embeddings(run, "audio", "video", **options)  # type: ignore[arg-type]
