@@ -9,7 +9,7 @@ lies between what the kinds' sum leaves of the run and what "calls" leaves.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
@@ -22,16 +22,46 @@ from torch.utils._pytree import tree_flatten, tree_map_only
 from benchmarks.cases import Gate, Outputs, Peer, Run
 from benchmarks.denoiser import _NO_KERNEL
 
-_PRODUCTS = ("aten::addmm", "aten::mm", "aten::bmm", "aten::baddbmm", "mkldnn::_linear_pointwise")
-#: Kinds of operations by the names that the dispatcher knows them by; "calls" are all of them.
-PARTS: dict[str, Callable[[str], bool]] = {
-    "gemm": lambda name: name in _PRODUCTS,
-    "attention": lambda name: name.startswith("diffgap::attention"),
-    "adaln": lambda name: name.startswith("diffgap::adaln"),
-    "step": lambda name: name.startswith("diffgap::solver_step"),
-    "other": lambda name: not any(of_kind(name) for kind, of_kind in PARTS.items() if kind not in ("other", "calls")),
-    "calls": lambda name: True,
-}
+_PRODUCTS = (
+    "aten::addmm",
+    "aten::mm",
+    "aten::bmm",
+    "aten::baddbmm",
+    "mkldnn::_linear_pointwise",
+    "diffgap::linear_gradients",
+)
+#: Kinds of operations: whether one belongs to it, by the name that the dispatcher knows it by.
+Kinds = Mapping[str, Callable[[str], bool]]
+
+
+def kinds_of(**prefixes: str | tuple[str, ...]) -> Kinds:
+    """Kinds by what their operations' names begin with, then "other" for the rest, and "calls" for all."""
+    own: dict[str, Callable[[str], bool]] = {
+        kind: partial(_begins, beginnings) for kind, beginnings in prefixes.items()
+    }
+    return {
+        **own,
+        "other": lambda name: not any(belongs(name) for belongs in own.values()),
+        "calls": lambda name: True,
+    }
+
+
+def _begins(beginnings: str | tuple[str, ...], name: str) -> bool:
+    return name.startswith(beginnings)
+
+
+#: Of the denoiser in a sampler.
+PARTS = kinds_of(gemm=_PRODUCTS, attention="diffgap::attention", adaln="diffgap::adaln", step="diffgap::solver_step")
+#: Of a training step, where every operation of an optimizer takes lists of tensors.
+TRAINING_PARTS = kinds_of(
+    gemm=_PRODUCTS,
+    contrastive="diffgap::clip_loss",
+    attention="diffgap::attention",
+    adaln="diffgap::adaln",
+    activation="diffgap::silu_mul",
+    noise=("diffgap::normal", "diffgap::q_sample"),
+    optimizer=("aten::_fused_", "aten::_foreach_"),
+)
 
 
 @dataclass
@@ -132,10 +162,10 @@ def written_by(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list
 
 
 class Recording:
-    """The calls of one run, made when they are first asked for."""
+    """The calls of one run, made when they are first asked for, and what kinds they are of."""
 
-    def __init__(self, run: Run) -> None:
-        self._run = run
+    def __init__(self, run: Run, kinds: Kinds = PARTS) -> None:
+        self._run, self.kinds = run, kinds
 
     @cached_property
     def calls(self) -> tuple[Call, ...]:
@@ -148,12 +178,12 @@ class Recording:
         return calls
 
     def part(self, name: str) -> list[Call]:
-        """The calls of one of :data:`PARTS`."""
-        return [call for call in self.calls if PARTS[name](call.name)]
+        """The calls of one of the kinds."""
+        return [call for call in self.calls if self.kinds[name](call.name)]
 
 
 def part_peer(name: str) -> Peer:
-    """One of :data:`PARTS` beside a case that has a ``recording`` among its inputs."""
+    """One of the kinds of the ``recording`` that is among a case's inputs, beside the case."""
     return Peer(name, partial(_replay, name), "torch", module="torch", gate=partial(_replayed, name))
 
 

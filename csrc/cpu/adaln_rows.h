@@ -47,14 +47,6 @@ inline void fence_stores() {
 #endif
 }
 
-// Calls `step.at<lanes>(i)` for all i < n: whole vectors, then the elements that remain.
-template <int lanes, typename Step>
-DIFFGAP_HD void for_each(const Step& step, int n) {
-  int i = 0;
-  for (; i + lanes <= n; i += lanes) step.template at<lanes>(i);
-  for (; i < n; ++i) step.template at<1>(i);
-}
-
 // The sums of `step.at<lanes>(i, sums)` over all i < n; Step::sums of them.
 template <int lanes, typename Step>
 DIFFGAP_HD void reduce(const Step& step, int n, float* totals) {

@@ -127,4 +127,12 @@ DIFFGAP_HD float sum_lanes(Lanes<lanes> value) {
   }
 }
 
+// Calls `step.at<lanes>(i)` for all i < n: whole vectors, then the elements that remain.
+template <int lanes, typename Step>
+DIFFGAP_HD void for_each(const Step& step, int n) {
+  int i = 0;
+  for (; i + lanes <= n; i += lanes) step.template at<lanes>(i);
+  for (; i < n; ++i) step.template at<1>(i);
+}
+
 }  // namespace diffgap

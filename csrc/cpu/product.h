@@ -125,21 +125,35 @@ DIFFGAP_HD void pack_panels(const Rows<T>& rows, int64_t first, int count, typen
   }
 }
 
-// Rows first .. first + count, as the rows offset .. of a right operand of `total` rows: kRight columns a panel.
-template <typename T>
-DIFFGAP_HD void pack_right(const Rows<T>& rows, int64_t first, int count, int offset, int total, float* out) {
+// Columns begin .. end of rows first .. first + count, as the rows offset .. of an operand of `total` rows: `width`
+// columns a panel, with zeros for those beyond `end`.
+template <int width, typename T>
+DIFFGAP_HD void pack_columns(const Rows<T>& rows, int64_t first, int count, int begin, int end, int offset, int total,
+                             float* out) {
+  constexpr int kAhead = 8, kLineBytes = 64;
   for (int i = 0; i < count; ++i) {
     const T* source = rows.row(first + i);
-    for (int column = 0; column < rows.depth; column += kRight) {
-      float* __restrict target = out + static_cast<int64_t>(column) * total + (offset + i) * kRight;
-      if (rows.depth - column >= kRight) {
-        for (int k = 0; k < kRight; ++k) target[k] = widen(source[column + k]);
+    // Of each row only a piece is read, which the hardware does not see coming.
+    const T* next = rows.row(first + (i + kAhead < count ? i + kAhead : i));
+    for (int column = begin; column < end; column += kLineBytes / static_cast<int>(sizeof(T))) {
+      __builtin_prefetch(next + column);
+    }
+    for (int column = begin; column < end; column += width) {
+      float* __restrict target = out + static_cast<int64_t>(column - begin) * total + (offset + i) * width;
+      if (end - column >= width) {
+        for (int k = 0; k < width; ++k) target[k] = widen(source[column + k]);
       } else {
-        const int valid = rows.depth - column;
-        for (int k = 0; k < kRight; ++k) target[k] = k < valid ? widen(source[column + k]) : 0.0f;
+        const int valid = end - column;
+        for (int k = 0; k < width; ++k) target[k] = k < valid ? widen(source[column + k]) : 0.0f;
       }
     }
   }
+}
+
+// All columns, as a right operand.
+template <typename T>
+DIFFGAP_HD void pack_right(const Rows<T>& rows, int64_t first, int count, int offset, int total, float* out) {
+  pack_columns<kRight>(rows, first, count, 0, rows.depth, offset, total, out);
 }
 
 template <int lanes>

@@ -8,6 +8,7 @@ from diffgap.ops.linear import linear, swiglu
 from diffgap.ops.q_sample import q_sample
 from diffgap.ops.random import normal, sample_seeds
 from diffgap.ops.siglip_loss import siglip_loss
+from diffgap.ops.silu_mul import silu_mul
 from diffgap.ops.similarity import similarity_ranks, similarity_topk
 from diffgap.ops.solver_step import solver_step
 
@@ -22,6 +23,7 @@ __all__ = [
     "q_sample",
     "sample_seeds",
     "siglip_loss",
+    "silu_mul",
     "similarity_ranks",
     "similarity_topk",
     "solver_step",

@@ -1,8 +1,12 @@
-"""Linear layers, by oneDNN where torch's own library is slow.
+"""Linear layers, by oneDNN and our own product where torch's own library is slow.
 
-``linear`` is ``x @ weight.T + bias``; ``swiglu`` is ``silu(gate) * up`` with ``[gate | up] = linear(x)`` (Shazeer 2020,
-arXiv 2002.05202). torch multiplies float32 matrices by MKL, which uses half of the vector width that an AMD CPU with
-AVX-512 has; oneDNN, which torch brings too, uses all of it.
+``linear`` is ``y = x @ weight.T + bias``; ``swiglu`` is ``silu(gate) * up`` with ``[gate | up] = linear(x)`` (Shazeer
+2020, arXiv 2002.05202). torch multiplies float32 matrices by MKL, which uses half of the vector width that an AMD CPU
+with AVX-512 has; oneDNN, which torch brings too, uses all of it. But it would first transpose what is summed over rows:
+
+    dweight = dy.T @ x,    dbias = sum of the rows of dy
+
+are one operation of our own in C++, which needs no transposed copies.
 """
 
 from __future__ import annotations
@@ -16,6 +20,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from diffgap.ops import _dispatch
+from diffgap.ops.silu_mul import silu_mul
 
 #: Multiplications below which the time to set up oneDNN's call outweighs its rate.
 _WORTHWHILE = 1 << 21
@@ -41,6 +46,19 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None, function: str = "no
     return result
 
 
+def _gradients(grad: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    return grad.t() @ x, grad.sum(0)
+
+
+def _gradients_fake(grad: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    return x.new_empty(grad.shape[1], x.shape[1]), grad.new_empty(grad.shape[1])
+
+
+_linear_gradients = _dispatch.define(
+    "linear_gradients(Tensor grad, Tensor x) -> (Tensor, Tensor)", _gradients, _gradients_fake
+)
+
+
 def _by_onednn(x: Tensor, weight: Tensor) -> bool:
     return (
         x.numel() * len(weight) >= _WORTHWHILE
@@ -55,7 +73,6 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.has_bias = bias is not None
         return _product(x, weight, bias)
 
     @staticmethod
@@ -63,12 +80,12 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         need_x, need_weight, need_bias = ctx.needs_input_grad
+        dx = _product(grad, weight.t(), None) if need_x else None
         rows = grad.reshape(-1, len(weight))
-        return (
-            _product(grad, weight.t(), None) if need_x else None,
-            _product(rows.t(), x.reshape(-1, x.shape[-1]).t(), None) if need_weight else None,
-            rows.sum(0) if ctx.has_bias and need_bias else None,
-        )
+        if not need_weight:
+            return dx, None, rows.sum(0) if need_bias else None
+        dweight, dbias = _linear_gradients(rows, x.reshape(-1, x.shape[-1]))
+        return dx, dweight, dbias if need_bias else None
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -103,8 +120,7 @@ def swiglu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """
     recorded = torch.is_grad_enabled() and any(t.requires_grad for t in (x, weight, bias))
     if recorded or not _by_onednn(x, weight):
-        gate, up = linear(x, weight, bias).chunk(2, -1)
-        return F.silu(gate) * up
+        return silu_mul(linear(x, weight, bias))
     (gate_weight, up_weight), (gate_bias, up_bias) = weight.chunk(2), bias.chunk(2)
     gate = _product(x, gate_weight, gate_bias, "swish")
     result: Tensor = torch.ops.mkldnn._linear_pointwise.binary(x, gate, up_weight, up_bias, "mul")

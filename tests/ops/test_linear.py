@@ -67,6 +67,38 @@ def test_linear_takes_any_strides(route: str) -> None:
     assert_close_to_oracle(found[1], spread[0].double().sum((0, 1)).expand(12, 10))
 
 
+@pytest.mark.parametrize("rows", [0, 1, 7, 63, 100, 1000])
+@pytest.mark.parametrize(("outputs", "inputs"), [(1, 1), (9, 1), (1, 40), (63, 100), (300, 130), (0, 5), (5, 0)])
+@pytest.mark.parametrize("strided", [False, True])
+def test_linear_gradients(rows: int, outputs: int, inputs: int, strided: bool) -> None:
+    """One block of rows and several, whole tiles and parts of them, in memory that was full of NaN."""
+    grad, x = tensors((outputs, rows), (rows, 2 * inputs))
+    grad, x = (grad.t(), x[:, ::2]) if strided else (grad.t().contiguous(), x[:, ::2].contiguous())
+    torch.use_deterministic_algorithms(True)
+    try:
+        dweight, dbias = torch.ops.diffgap.linear_gradients(grad, x)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert_close_to_oracle(dweight, grad.double().t() @ x.double())
+    assert_close_to_oracle(dbias, grad.double().sum(0))
+    assert dweight.is_contiguous()
+
+
+def test_linear_gradients_do_not_depend_on_the_number_of_threads() -> None:
+    grad, x = tensors((1100, 300), (1100, 130))
+    results, threads = [], torch.get_num_threads()
+    for count in (1, 2, 7):
+        torch.set_num_threads(count)
+        results.append(torch.ops.diffgap.linear_gradients(grad, x))
+    torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_linear_gradients_opcheck() -> None:
+    torch.library.opcheck(torch.ops.diffgap.linear_gradients.default, tuple(tensors((7, 5), (7, 3))))
+
+
 @pytest.mark.parametrize("shape", [(7, 16), (3, 5, 63), (0, 8)])
 def test_swiglu(route: str, shape: tuple[int, ...]) -> None:
     x, weight, bias = tensors(shape, (10, shape[-1]), (10,))
