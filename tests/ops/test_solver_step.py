@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import itertools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -168,7 +169,9 @@ def test_solver_step_terms(
 @given(data=st.data())
 @pytest.mark.parametrize("name", ROUTES)
 def test_solver_step_any_combination(name: str, data: st.DataObject) -> None:
-    shape = tuple(data.draw(st.lists(st.integers(1, 19), min_size=2, max_size=4), label="shape"))
+    # The terms of a few elements alone may cancel to nearly nothing, of which float32 has no digit; the tests above have them.
+    shapes = st.lists(st.integers(1, 19), min_size=2, max_size=4).filter(lambda sizes: math.prod(sizes) >= 16)
+    shape = tuple(data.draw(shapes, label="shape"))
     guided = data.draw(st.booleans(), label="guided")
     constraint: dict[str, float] = data.draw(st.sampled_from([{}, {"x0_clamp": 0.5}, {"x0_norm": 2.0}]))
     rescale = data.draw(st.sampled_from([0.0, 0.3])) if guided and shape[1:] != (1,) * (len(shape) - 1) else 0.0
