@@ -169,7 +169,7 @@ def test_solver_step_terms(
 @given(data=st.data())
 @pytest.mark.parametrize("name", ROUTES)
 def test_solver_step_any_combination(name: str, data: st.DataObject) -> None:
-    # The terms of a few elements alone may cancel to nearly nothing, of which float32 has no digit; the tests above have them.
+    # Terms of a few elements may cancel to nearly nothing, of which float32 has no digit; the tests above have such.
     shapes = st.lists(st.integers(1, 19), min_size=2, max_size=4).filter(lambda sizes: math.prod(sizes) >= 16)
     shape = tuple(data.draw(shapes, label="shape"))
     guided = data.draw(st.booleans(), label="guided")
