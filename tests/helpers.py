@@ -1,9 +1,11 @@
-"""Tolerances and comparisons shared by all tests (see CONTRIBUTING, "Tolerances")."""
+"""Tolerances and comparisons shared by all tests (see CONTRIBUTING, "Tolerances"), and the command line."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from diffgap import cli
 
 #: Relative L2 error against the float64 oracle allowed for float32.
 FLOAT32_RTOL = 1e-5
@@ -36,3 +38,12 @@ def assert_close_to_oracle(actual: Tensor, oracle: Tensor, eager: Tensor | None 
         rounding = relative_l2(oracle.to(actual.dtype), oracle)
         bound = 2 * max(rounding, 0.0 if eager is None else relative_l2(eager, oracle))
     assert error <= bound, f"relative L2 error {error:.3g} exceeds {bound:.3g} ({actual.dtype})"
+
+
+def run(*arguments: object) -> int:
+    """Exit status of ``diffgap`` with these arguments."""
+    try:
+        cli.main([str(argument) for argument in arguments])
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    return 0

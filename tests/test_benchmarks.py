@@ -7,7 +7,6 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,11 +19,11 @@ from benchmarks import cases, check, contrastive, floors, machine, memory, repor
 from benchmarks.__main__ import main
 from benchmarks.cases import Case, Peer
 from diffgap.ops import _dispatch
+from tests.benchmarking import CLOCK, QUICK
 from tests.helpers import relative_l2
 
 CPU = torch.device("cpu")
-CLOCK = timing.CpuClock(threads=2)
-QUICK = timing.Budget(seconds=0.0, min_rounds=2, max_rounds=3, sample_seconds=1e-5, turn_seconds=0.0)
+pytestmark = pytest.mark.usefixtures("uncompiled")
 ROW_KEYS = ["case", "impl", "median_s", "iqr_s", "peak_bytes", "floor_s", "threads", "device", "kind"]
 
 
@@ -38,19 +37,6 @@ def toy_case(call=twice, peers: tuple[Peer, ...] = (), *, learn: bool = False, f
         return {"x": x.requires_grad_(learn)}
 
     return Case("double/fwd/64x32/fp32", torch.float32, inputs, call, peers, flops)
-
-
-@pytest.fixture(autouse=True)
-def uncompiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The frame does not depend on what torch.compile makes of a call, and compiling takes seconds.
-
-    Nor on the number of threads; on a busy machine, two wait for one another much longer than these inputs take.
-    """
-    monkeypatch.setattr(torch, "compile", lambda call, **_: call)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def wrong_peer(x: Tensor) -> cases.Run:
@@ -148,6 +134,7 @@ def test_freed_memory_is_not_mapped_again() -> None:
     code = """
 import resource, torch
 from benchmarks.memory import keep_freed_memory
+
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     torch.empty(16 << 20).fill_(1)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import json
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -14,29 +13,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import adaln, attention, cases, denoiser, floors, runner, timing
+from benchmarks import adaln, attention, cases, denoiser, floors, runner
 from benchmarks.cases import DIRECTIONS, DTYPES, Case, Direction
 from benchmarks.denoiser import count_calls
 from benchmarks.gpus import A100, GPUS, H100, Gpu
 from diffgap.models.settings import BridgeSettings
 from diffgap.ops._dispatch import explain
+from tests.benchmarking import CLOCK, QUICK
 from tests.helpers import relative_l2
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
-CLOCK = timing.CpuClock(threads=2)
-QUICK = timing.Budget(seconds=0.0, min_rounds=2, max_rounds=3, sample_seconds=1e-5, turn_seconds=0.0)
+pytestmark = pytest.mark.usefixtures("uncompiled")
 SMALL = BridgeSettings(width=24, tokens=3, denoiser_width=16, depth=2, heads=2)
 NATIVE = {choice.op for choice in explain() if choice.device == "cpu" and choice.backend == "native"}
-
-
-@pytest.fixture(autouse=True)
-def uncompiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Compiling takes seconds, and two threads of a busy machine wait for one another longer than these inputs take."""
-    monkeypatch.setattr(torch, "compile", lambda call, **_: call)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def small_case(direction: Direction, dtype: str = "fp32", option: str | None = None) -> Case:

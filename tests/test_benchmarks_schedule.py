@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import json
 import math
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import cases, parts, runner, sampler, schedule, timing
+from benchmarks import cases, parts, runner, sampler, schedule
 from benchmarks.cases import Case
 from benchmarks.denoiser import count_calls
 from benchmarks.gpus import A100, GPUS, H100
@@ -23,10 +22,10 @@ from benchmarks.schedule import SOLVERS, Solver, noising_case, step_case
 from diffgap.models.settings import BridgeSettings
 from diffgap.ops._dispatch import backend
 from diffgap.ops._native import CPU_MISSING
+from tests.benchmarking import CLOCK, QUICK
 
 CPU = torch.device("cpu")
-CLOCK = timing.CpuClock(threads=2)
-QUICK = timing.Budget(seconds=0.0, min_rounds=2, max_rounds=3, sample_seconds=1e-5, turn_seconds=0.0)
+pytestmark = pytest.mark.usefixtures("uncompiled")
 SMALL = BridgeSettings(width=24, tokens=3, denoiser_width=16, depth=2, heads=2)
 needs_diffusers = pytest.mark.skipif(
     importlib.util.find_spec("diffusers") is None,
@@ -34,16 +33,6 @@ needs_diffusers = pytest.mark.skipif(
 )
 needs_native = pytest.mark.skipif(CPU_MISSING is not None, reason=str(CPU_MISSING))
 by_name = {solver.name: solver for solver in SOLVERS}
-
-
-@pytest.fixture(autouse=True)
-def uncompiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Compiling takes seconds, and two threads of a busy machine wait for one another longer than these inputs take."""
-    monkeypatch.setattr(torch, "compile", lambda call, **_: call)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def assert_all_pass(case: Case) -> None:

@@ -2,35 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import runner, timing, training
+from benchmarks import runner, training
 from benchmarks.cases import Case
 from benchmarks.parts import TRAINING_PARTS
 from diffgap.models.settings import BridgeSettings
 from diffgap.ops._dispatch import backend
 from diffgap.ops._native import CPU_MISSING
+from tests.benchmarking import CLOCK, QUICK
 
 CPU = torch.device("cpu")
-CLOCK = timing.CpuClock(threads=2)
-QUICK = timing.Budget(seconds=0.0, min_rounds=2, max_rounds=3, sample_seconds=1e-5, turn_seconds=0.0)
+pytestmark = pytest.mark.usefixtures("uncompiled")
 SMALL = BridgeSettings(width=24, tokens=3, denoiser_width=16, depth=2, heads=2)
 needs_native = pytest.mark.skipif(CPU_MISSING is not None, reason=str(CPU_MISSING))
-
-
-@pytest.fixture(autouse=True)
-def uncompiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Compiling takes minutes, and two threads of a busy machine wait for one another longer than they compute."""
-    monkeypatch.setattr(torch, "compile", lambda call, **_: call)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("stage", training.STAGES_OF["full"])

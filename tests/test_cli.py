@@ -14,6 +14,7 @@ from diffgap import cli
 from diffgap.data.store import EmbeddingStore, write_store
 from diffgap.training.config import RunConfig
 from diffgap.training.trainer import Trainer
+from tests.helpers import run
 from tests.synthetic import DIMS, make_store, saved_config
 
 COMMANDS = {
@@ -24,15 +25,6 @@ COMMANDS = {
     "import": ["SOURCE", "OUTPUT", "--csv", "--id", "--group", "--split", "--fractions", "--split-seed", "--dtype"],
     "doctor": ["usage: diffgap doctor"],
 }
-
-
-def run(*arguments: object) -> int:
-    """Exit status of a command."""
-    try:
-        cli.main([str(argument) for argument in arguments])
-    except SystemExit as stop:
-        return int(stop.code or 0)
-    return 0
 
 
 @pytest.fixture(scope="module")

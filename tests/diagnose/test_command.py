@@ -10,7 +10,6 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from diffgap import cli
 from diffgap.data.store import EmbeddingStore, write_store
 from diffgap.diagnose import Diagnosis, DiagnosticsCallback, Finding
 from diffgap.diagnose.report import advice, markdown, write_report
@@ -18,15 +17,7 @@ from diffgap.models.bridge import DiffGAP
 from diffgap.training.config import DataConfig, RunConfig, TrainConfig
 from diffgap.training.trainer import Trainer
 from tests.diagnose.bridges import SETTINGS, as_store, gapped_arrays
-
-
-def run(*arguments: object) -> int:
-    """Exit status of a command."""
-    try:
-        cli.main([str(argument) for argument in arguments])
-    except SystemExit as stop:
-        return int(stop.code or 0)
-    return 0
+from tests.helpers import run
 
 
 @pytest.fixture(scope="module")
