@@ -141,9 +141,9 @@ class DiTBlock(nn.Module):
         attention_shift, attention_scale, attention_gate, mlp_shift, mlp_scale, mlp_gate = rows.unbind(1)
         x, h = stream.normed(attention_shift, attention_scale)
         qkv = self.qkv(h).unflatten(-1, (3, *self.split))
-        q, own = qkv[:, :, 0], qkv[:, :, 1:]
+        q, own = qkv.split((1, 2), 2)  # whose gradients are joined by one copy, where slices would fill two with zeros
         k, v = (own if context is None else context.beside(own)).unbind(2)
-        mixed = attention(q, k, v, q_weight=self.q_weight, k_weight=self.k_weight, key_mask=key_mask)
+        mixed = attention(q.squeeze(2), k, v, q_weight=self.q_weight, k_weight=self.k_weight, key_mask=key_mask)
         stream = Residual(x, self.attention_dropout(self.out(mixed.flatten(2)), seeds), attention_gate)
         x, h = stream.normed(mlp_shift, mlp_scale)
         return Residual(x, self.mlp_dropout(self.mlp(h), seeds), mlp_gate)

@@ -47,13 +47,13 @@ class EncodedCondition(NamedTuple):
         sources: (B, modalities), 1 where the sample is conditioned on the modality; a row of zeros is
             unconditional.
         means: (B, modalities, D) float32, what :class:`~diffgap.models.linear_gaussian.LinearGaussian` expects of
-            each modality.
+            each modality, or ``None`` where the network predicts alone.
     """
 
     contexts: tuple[Context, ...]
     mask: Tensor | None
     sources: Tensor
-    means: Tensor
+    means: Tensor | None
 
     def repeat(self, times: int) -> EncodedCondition:
         """Each sample ``times`` times in a row: several draws for one condition."""
@@ -61,7 +61,7 @@ class EncodedCondition(NamedTuple):
             tuple(Context(kv.repeat_interleave(times, 0), room) for kv, room in self.contexts),
             None if self.mask is None else self.mask.repeat_interleave(times, 0),
             self.sources.repeat_interleave(times, 0),
-            self.means.repeat_interleave(times, 0),
+            None if self.means is None else self.means.repeat_interleave(times, 0),
         )
 
     def rows(self, index: Tensor) -> EncodedCondition:
@@ -70,13 +70,14 @@ class EncodedCondition(NamedTuple):
             tuple(Context(kv[index], room) for kv, room in self.contexts),
             None if self.mask is None else self.mask[index],
             self.sources[index],
-            self.means[index],
+            None if self.means is None else self.means[index],
         )
 
     @staticmethod
     def cat(parts: Sequence[EncodedCondition]) -> EncodedCondition:
-        """All of several, encoded apart, with masks all or none."""
+        """All of several, encoded apart, with masks and means all or none."""
         masks = [part.mask for part in parts if part.mask is not None]
+        means = [part.means for part in parts if part.means is not None]
         return EncodedCondition(
             tuple(
                 Context(torch.cat([kv for kv, _ in block]), block[0].room)
@@ -84,7 +85,7 @@ class EncodedCondition(NamedTuple):
             ),
             torch.cat(masks) if masks else None,
             torch.cat([part.sources for part in parts]),
-            torch.cat([part.means for part in parts]),
+            torch.cat(means) if means else None,
         )
 
     def with_room(self, tokens: int) -> EncodedCondition:
@@ -100,9 +101,14 @@ class EncodedCondition(NamedTuple):
 
 
 class ConditionEncoder(nn.Module):
-    """All condition tokens through a few pre-norm blocks, then keys and values for every denoiser block."""
+    """All condition tokens through a few pre-norm blocks, then keys and values for every denoiser block.
 
-    def __init__(self, config: DenoiserConfig) -> None:
+    Args:
+        config: Shape.
+        linear: Whether the network corrects the best linear denoiser, which then reads the conditions too.
+    """
+
+    def __init__(self, config: DenoiserConfig, *, linear: bool = False) -> None:
         super().__init__()
         self.config = config
         self.tokens = Tokenizer(config)
@@ -113,7 +119,7 @@ class ConditionEncoder(nn.Module):
         rows[2:-2:3] = 1.0
         self.rows = nn.Parameter(rows)
         self.keys_values = Linear(config.width, 2 * config.depth * config.width)
-        self.linear_gaussian = LinearGaussian(len(config.kinds), config.embedding_dim)
+        self.linear_gaussian = LinearGaussian(len(config.kinds), config.embedding_dim) if linear else None
 
     def forward(
         self,
@@ -131,7 +137,7 @@ class ConditionEncoder(nn.Module):
         _, h = stream.normed(*final.unbind(1))
         depth, heads, width = self.config.depth, self.config.heads, self.config.width
         per_block = self.keys_values(h).unflatten(-1, (depth, 2, heads, width // heads)).unbind(2)
-        means = self.linear_gaussian.means(conditions, sources)
+        means = None if self.linear_gaussian is None else self.linear_gaussian.means(conditions, sources)
         return EncodedCondition(tuple(Context(kv) for kv in per_block), mask, sources, means)
 
     def _gather(

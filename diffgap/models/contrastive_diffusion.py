@@ -86,8 +86,9 @@ class ContrastiveDiffusion(nn.Module):
         """
         for name, x in z.items():
             self.scaler(name).fit(x[masks[name]])
-        numbered = {self.modalities.index(name): mask for name, mask in masks.items()}
-        self.denoiser.condition.linear_gaussian.fit(self._scaled(z), numbered)
+        if (linear := self.denoiser.condition.linear_gaussian) is not None:
+            numbered = {self.modalities.index(name): mask for name, mask in masks.items()}
+            linear.fit(self._scaled(z), numbered)
 
     def _scaled(self, z: Mapping[str, Tensor]) -> dict[int, Tensor]:
         return {self.modalities.index(name): self.scaler(name).scale(x) for name, x in z.items()}

@@ -80,7 +80,7 @@ class Denoiser(nn.Module):
             levels = torch.stack((schedule.times, schedule.alphas, schedule.sigmas))
             self.register_buffer("levels", levels.float(), persistent=False)
         self.tokens = Tokenizer(config)
-        self.condition = ConditionEncoder(config)
+        self.condition = ConditionEncoder(config, linear=schedule is not None)
         self.time = TimestepEmbedding(config.width)
         self.target = nn.Embedding(len(config.kinds), config.width)
         self.source = nn.Embedding(len(config.kinds), config.width)
@@ -171,13 +171,14 @@ class Denoiser(nn.Module):
 
     def _terms(self, t: Tensor, target: Tensor, sources: Tensor) -> Tensor | None:
         """(B, 3), see :class:`Modulation`; between the schedule's times its levels are interpolated."""
-        if self.prediction is None:
+        linear = self.condition.linear_gaussian
+        if self.prediction is None or linear is None:
             return None
         times, alpha, sigma = self.levels
         upper = torch.searchsorted(times, t.to(times).contiguous()).clamp(1, len(times) - 1)
         share = ((t.to(times) - times[upper - 1]) / (times[upper] - times[upper - 1])).clamp(0, 1)
         alpha, sigma = (torch.lerp(level[upper - 1], level[upper], share) for level in (alpha, sigma))
-        variance = self.condition.linear_gaussian.variance[target, sources.any(1).long()]
+        variance = linear.variance[target, sources.any(1).long()]
         return torch.stack(posterior_coefficients(alpha, sigma, variance, self.prediction), 1)
 
     def precompute(self, timesteps: Tensor, target: int | Tensor, sources: Tensor) -> StepRows:
@@ -226,7 +227,7 @@ class Denoiser(nn.Module):
             stream = block(stream, own_rows, context=context, key_mask=key_mask, seeds=seeds)
         _, h = stream.normed(*final.unbind(1))
         output: Tensor = self.head(h, pooled=noisy.ndim == 2)
-        if terms is not None:
+        if terms is not None and encoded.means is not None:
             output = _corrected(output, noisy, encoded.means, target, terms)
         return output if mask is None else output.masked_fill(~mask.unsqueeze(-1), 0.0)
 

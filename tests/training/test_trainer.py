@@ -121,7 +121,7 @@ def test_heads_first_then_the_diffusion_of_frozen_heads(tmp_path: Path) -> None:
         seen.append({name: value.clone() for name, value in model.state_dict().items()})
         return {"score": 0.0}
 
-    train(with_bridge(config, heads_first=0.5), run, validate=watch)
+    train(with_bridge(config, heads_first=0.5, precondition="gaussian"), run, validate=watch)
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [("contrastive" in line, "diffusion" in line) for line in lines] == [(True, False)] * 3 + [(False, True)] * 3
     assert len(seen) == 3  # before that there is no bridge to validate
@@ -132,7 +132,9 @@ def test_heads_first_then_the_diffusion_of_frozen_heads(tmp_path: Path) -> None:
             assert torch.equal(value, heads_alone[f"module.{name}"])
     assert any(not torch.equal(value, seen[0][name]) for name, value in seen[-1].items())
     # The moments are those of the heads as trained, not as they started.
-    start = Trainer(with_bridge(config, heads_first=0.5), make_store(), tmp_path / "new", validate=constant).bridge
+    start = Trainer(
+        with_bridge(config, heads_first=0.5, precondition="gaussian"), make_store(), tmp_path / "new", validate=constant
+    ).bridge
     moments = "diffusion.denoiser.condition.linear_gaussian.maps"
     assert not torch.equal(start.state_dict()[moments], seen[-1][moments])
 
