@@ -120,9 +120,10 @@ def diagnose(
         seed: Seed of samples, halves and shuffles.
         strict: Exit with status 3 if a verdict is bad. Without, the status is 0 whatever the verdicts are.
     """
-    from diffgap.diagnose.checks import diagnose, is_run
+    from diffgap.diagnose.checks import diagnose
     from diffgap.diagnose.report import advice, terminal_table, write_report
     from diffgap.retrieval.report import check_output
+    from diffgap.training.runs import is_run
 
     folder = output or (path / "diagnose" if is_run(path) else path.with_name(f"{path.name}-diagnose"))
     check_output(folder)
