@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 
-from diffgap import cli
 from diffgap.data.store import EmbeddingStore, write_store
 from diffgap.training.config import RunConfig
 from diffgap.training.trainer import Trainer
@@ -176,7 +175,7 @@ def test_import_clip_retrieval(tmp_path: Path) -> None:
 
 def test_demo_trains_evaluates_and_samples(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = RunConfig.load(trained / "run.yaml")
-    monkeypatch.setattr(cli, "RunConfig", lambda train=None: config)
+    monkeypatch.setattr("diffgap.commands.demo.RunConfig", lambda train=None: config)
     for _ in range(2):  # the second time finds everything done
         assert run("demo", "--output", tmp_path / "demo", "--steps", 2, "--bootstrap", 10) == 0
     assert (tmp_path / "demo" / "eval" / "report.md").is_file()

@@ -17,7 +17,7 @@ from diffgap.diagnose.observe import denoising_errors, draw, pairs
 from diffgap.diagnose.pairing import MIN_GROUPS, check_pairing
 from diffgap.models.bridge import DiffGAP
 from diffgap.training.config import BUNDLED, DataConfig
-from diffgap.training.runs import load_data, load_run
+from diffgap.training.runs import is_run, load_data, load_run
 
 
 @dataclass(frozen=True)
@@ -57,11 +57,6 @@ def diagnose(path: Path, *, split: str = "val", seed: int = 0) -> Diagnosis:
             f"{path} is neither a run folder of `diffgap train` nor an embedding store of `diffgap import`; name one"
         )
     return Diagnosis(f"store {path.name}", "all", tuple(check_store(store, seed=seed)))
-
-
-def is_run(path: Path) -> bool:
-    """Whether ``path`` is a run folder of ``diffgap train``."""
-    return (path / "config.yaml").is_file()
 
 
 def check_store(store: EmbeddingStore, modalities: Sequence[str] = (), *, seed: int = 0) -> list[Finding]:

@@ -86,7 +86,7 @@ def evaluate_runs(
     loaded = load_comparable(runs)
     first = loaded[0][0]
     bridging = {"seed": seed, **options.resolved(first)}
-    report = Report([path.name for path in runs], split, _settings(first, bridging))
+    report = Report([path.name for path in runs], split, scoring_settings(first, bridging))
     pooled: dict[str, dict[str, list[Scores]]] = {}
     seconds: dict[Scoring, list[float]] = {scoring: [] for scoring in options.scorings}
     baselines: dict[DataConfig, dict[str, dict[str, Scores]]] = {}
@@ -133,7 +133,7 @@ def load_comparable(runs: Sequence[Path]) -> list[tuple[DiffGAP, RunConfig]]:
     return loaded
 
 
-def _settings(model: DiffGAP, bridging: Mapping[str, Any]) -> dict[str, object]:
+def scoring_settings(model: DiffGAP, bridging: Mapping[str, Any]) -> dict[str, object]:
     """What the numbers depend on, as the report names it; "scoring" steps, as sampling for generation has its own."""
     return {
         "scoring samples": bridging["num_samples"],
@@ -163,7 +163,7 @@ def _bridge_scores(
     for pair, query, gallery in directions(pairs):
         name = f"{query} -> {gallery}"
         for scoring in options.scorings:
-            scores, taken = _score(model, pair, query, gallery, scoring, options.candidates, weights, seed)
+            scores, taken = score_direction(model, pair, query, gallery, scoring, options.candidates, weights, seed)
             found[METHODS[scoring]][name] = scores
             seconds[scoring].append(taken / len(pair.sides[query].groups))
         direction = report.directions.setdefault(name, Direction(query, gallery))
@@ -172,7 +172,7 @@ def _bridge_scores(
     return found
 
 
-def _score(
+def score_direction(
     model: DiffGAP,
     pair: EncodedPair,
     query: str,

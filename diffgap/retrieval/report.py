@@ -25,7 +25,8 @@ def _sizes(values: list[int]) -> str:
     return str(values[0]) if len(set(values)) == 1 else f"{min(values)}-{max(values)}"
 
 
-def _cell(cells: Mapping[str, Interval], metric: str) -> str:
+def cell(cells: Mapping[str, Interval], metric: str) -> str:
+    """Percent with the interval, or the median rank; nothing where the metric is not there."""
     if metric not in cells:
         return ""
     interval = cells[metric]
@@ -72,11 +73,11 @@ def terminal_table(report: Report) -> Table:
         table.add_row(f"[bold]{name}[/bold]", "", sizes)
         for method, by_direction in report.metrics.items():
             if name in by_direction:
-                cell = by_direction[name]
-                low, high, mrr = (f"{100 * cell[metric].estimate:.1f}" for metric in ("R@1", "R@10", "MRR"))
+                found = by_direction[name]
+                low, high, mrr = (f"{100 * found[metric].estimate:.1f}" for metric in ("R@1", "R@10", "MRR"))
                 calls, _, milliseconds = _cost(report, method)
-                recall = escape(_cell(cell, "R@5"))
-                table.add_row(f"  {method}", low, recall, high, mrr, _cell(cell, "MedR"), calls, milliseconds)
+                recall = escape(cell(found, "R@5"))
+                table.add_row(f"  {method}", low, recall, high, mrr, cell(found, "MedR"), calls, milliseconds)
     return table
 
 
@@ -106,12 +107,12 @@ def markdown(report: Report) -> str:
             lines += [f"{_sizes(direction.queries)} queries, {_sizes(direction.gallery_sizes)} in the gallery.", ""]
         else:
             lines += ["The mean over them, each counting the same; one draw of concepts for all.", ""]
-        lines += _table(["method", *COLUMNS, *COSTS], (
-            [method, *(_cell(by_direction[name], metric) for metric in COLUMNS), *_cost(report, method)]
+        lines += markdown_table(["method", *COLUMNS, *COSTS], (
+            [method, *(cell(by_direction[name], metric) for metric in COLUMNS), *_cost(report, method)]
             for method, by_direction in report.metrics.items()
             if name in by_direction
         ))  # fmt: skip
-        lines += _table(["difference", *COMPARED], (
+        lines += markdown_table(["difference", *COMPARED], (
             [f"{one} - {other}", *(_difference(by_direction[name][metric]) for metric in COMPARED)]
             for one, rivals in report.differences.items()
             for other, by_direction in rivals.items()
@@ -127,7 +128,7 @@ def _weights(values: Sequence[float]) -> str:
     return ", ".join(f"{value:g}" for value in values)
 
 
-def _table(headings: Sequence[str], rows: Any) -> list[str]:
+def markdown_table(headings: Sequence[str], rows: Any) -> list[str]:
     """A Markdown table, or nothing without rows."""
     found = [f"| {' | '.join(row)} |" for row in rows]
     return [f"| {' | '.join(headings)} |", "|---" * len(headings) + "|", *found, ""] if found else []
@@ -137,7 +138,7 @@ def _gaps(report: Report) -> list[str]:
     return [
         "## The modality gap (first run)",
         "",
-        *_table(
+        *markdown_table(
             ["direction", "queries", *_GAP],
             (
                 [name, label, *(f"{asdict(gap)[heading.replace(' ', '_')]:.3f}" for heading in _GAP)]
@@ -160,7 +161,7 @@ def _few_steps(report: Report) -> list[str]:
         "the conditional mean, whatever the seed if the schedule ends in noise alone; more steps draw a sample, and K "
         "of them average back to it.",
         "",
-        *_table(
+        *markdown_table(
             [
                 "steps", "K", "solver", "calls", "ms",
                 *(f"{method} {metric}" for method in methods for metric in COMPARED),
@@ -171,7 +172,7 @@ def _few_steps(report: Report) -> list[str]:
                     str(tried.steps), str(tried.num_samples), tried.solver, str(tried.calls),
                     f"{tried.milliseconds:.2g}",
                     *(
-                        _cell(overall(tried.metrics[method]), metric)
+                        cell(overall(tried.metrics[method]), metric)
                         for method in methods
                         for metric in COMPARED
                     ),
@@ -190,8 +191,8 @@ def as_json(report: Report) -> dict[str, Any]:
         "split": report.split,
         "settings": report.settings,
         "directions": {name: asdict(direction) for name, direction in report.directions.items()},
-        "metrics": _plain(report.metrics),
-        "differences": _plain(report.differences),
+        "metrics": plain(report.metrics),
+        "differences": plain(report.differences),
         "costs": {method: asdict(cost) for method, cost in report.costs.items()},
         "alphas": report.alphas,
         "betas": report.betas,
@@ -199,22 +200,22 @@ def as_json(report: Report) -> dict[str, Any]:
             name: {"before": asdict(before), "after": asdict(after)} for name, (before, after) in report.gaps.items()
         },
         "trajectory": report.trajectory,
-        "few_steps": [{**vars(tried), "metrics": _plain(tried.metrics)} for tried in report.few_steps],
+        "few_steps": [{**vars(tried), "metrics": plain(tried.metrics)} for tried in report.few_steps],
     }
 
 
-def _plain(found: Any) -> Any:
-    """Intervals below any depth of mappings as lists."""
-    return {name: _plain(value) for name, value in found.items()} if isinstance(found, Mapping) else list(found)
+def plain(found: Any) -> Any:
+    """Intervals below any depth of mappings as lists, for JSON."""
+    return {name: plain(value) for name, value in found.items()} if isinstance(found, Mapping) else list(found)
 
 
-def check_output(folder: Path) -> None:
-    """Whether a report may go to ``folder``: nothing is there, or an earlier report.
+def check_output(folder: Path, file: str = "report.json") -> None:
+    """Whether a report may go to ``folder``: nothing is there, or an earlier report, which is known by ``file``.
 
     Raises:
         FileExistsError: Something else is there.
     """
-    if folder.exists() and not (folder / "report.json").is_file():
+    if folder.exists() and not (folder / file).is_file():
         raise FileExistsError(f"{folder} exists and is not a report; choose another output folder")
 
 

@@ -36,6 +36,14 @@ class Weights(NamedTuple):
     beta: float | None
 
 
+def given_weights(options: ScoringOptions) -> Weights | None:
+    """The weights, where all that the scorings ask for are given."""
+    reranks = "rerank" in options.scorings
+    if options.alpha is None or (reranks and options.beta is None):
+        return None
+    return Weights(options.alpha, options.beta if reranks else None)
+
+
 def choose_weights(
     model: DiffGAP, val: EmbeddingStore, options: ScoringOptions, bridging: Mapping[str, Any]
 ) -> Weights:
@@ -48,12 +56,12 @@ def choose_weights(
     Raises:
         ValueError: A weight is to be chosen, and no group of ``val`` has two modalities.
     """
-    reranks = "rerank" in options.scorings
-    if options.alpha is not None and (options.beta is not None or not reranks):
-        return Weights(options.alpha, options.beta if reranks else None)
+    given = given_weights(options)
+    if given is not None:
+        return given
     pairs = encode_pairs(model, val, **bridging)
     alpha = choose_alpha(pairs) if options.alpha is None else options.alpha
-    if not reranks:
+    if "rerank" not in options.scorings:
         return Weights(alpha, None)
     if options.beta is not None:
         return Weights(alpha, options.beta)

@@ -40,13 +40,18 @@ def load_data(config: DataConfig) -> EmbeddingStore:
     return store
 
 
+def is_run(path: Path) -> bool:
+    """Whether ``path`` is a run folder of ``diffgap train``."""
+    return (path / "config.yaml").is_file()
+
+
 def load_run(folder: Path) -> tuple[DiffGAP, RunConfig]:
     """The trained bridge and the configuration of a run folder of ``diffgap train``.
 
     Raises:
         FileNotFoundError: Not a run folder, or its training has not reached a validation yet.
     """
-    if not (folder / "config.yaml").is_file():
+    if not is_run(folder):
         raise FileNotFoundError(f"{folder} is no run folder (no config.yaml); train one with `diffgap train {folder}`")
     if not (folder / "model").is_dir():
         raise FileNotFoundError(f"{folder} holds no model yet; finish it with `diffgap train {folder}`")

@@ -1,0 +1,58 @@
+"""``diffgap sample``."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from rich.console import Console
+from rich.markup import escape
+from tyro.conf import Positional, arg
+
+from diffgap.commands.arguments import Output, Run
+
+__all__ = ["sample"]
+
+
+def sample(
+    run: Run,
+    source: Annotated[Positional[str], arg(metavar="SOURCE")],
+    target: Annotated[Positional[str], arg(metavar="TARGET")],
+    output: Output,
+    data: str = "",
+    split: Literal["train", "val", "test", "all"] = "test",
+    num_samples: int = 1,
+    frames: int | None = None,
+    steps: int | None = None,
+    solver: str | None = None,
+    guidance_scale: float | None = None,
+    seed: int = 0,
+    overwrite: bool = False,
+) -> None:
+    """Bridge embeddings from one modality to another and write the samples as an embedding store.
+
+    Args:
+        run: Run folder, or a folder saved by `save_pretrained`.
+        source: Modality to start from.
+        target: Modality to sample, in the bridge's contrastive space (unit vectors).
+        output: Folder of the new store; row i holds sample k of an input, its id "<id>#k".
+        data: Embedding store, "stamps", "stamps-frames", or a .npy file of shape (N, D) or (N, T, D); the run's own
+            data by default.
+        split: Rows of the store to bridge; a .npy file is taken whole.
+        num_samples: Samples per embedding.
+        frames: Frames to sample of a sequence modality; those of each source sequence if not given.
+        steps: Sampling steps; the model's default if not given.
+        solver: Solver; the model's default if not given.
+        guidance_scale: Guidance, 1 is none; the model's default if not given.
+        seed: Seed of the noise.
+        overwrite: Replace an existing output.
+    """
+    from diffgap.data.store import check_replaceable, write_store
+    from diffgap.training.runs import bridge_embeddings
+
+    check_replaceable(output, overwrite=overwrite)
+    store = bridge_embeddings(
+        run, source, target, data=data, split=split, num_samples=num_samples, seed=seed,
+        frames=frames, steps=steps, solver=solver, guidance_scale=guidance_scale,
+    )  # fmt: skip
+    write_store(output, store, overwrite=overwrite)
+    Console().print(f"{len(store)} {target} embeddings in {escape(str(output))}")
