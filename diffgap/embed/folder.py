@@ -61,7 +61,7 @@ class Plan:
 
 
 class PartsFolder:
-    """``<output>.parts``, beside the store to be: ``plan.json``, lock files, and one folder for every part that is whole.
+    """``<output>.parts``, beside the store to be: ``plan.json``, lock files, and a folder for every part that is whole.
 
     With ranks, several processes work in it at once, each in parts of its own.
     """
@@ -115,8 +115,9 @@ class PartsFolder:
             os.close(descriptor)  # the process that held it has just removed the folder
 
     def begin(self, plan: Plan, *, overwrite: bool, finished: Callable[[], bool], wait_seconds: float) -> bool:
-        """Takes up the parts of an earlier run of the same plan, or begins anew; False if rank 0 has ``finished`` without
-        this rank, because all parts were there.
+        """Takes up the parts of an earlier run of the same plan, or begins anew.
+
+        False if rank 0 has ``finished`` without this rank, because all parts were there.
 
         Raises:
             ValueError: The folder holds parts of another plan, and not ``overwrite``.

@@ -81,10 +81,11 @@ def merge(
         frames = (int(lengths[name][used[name]].max()),) if encoder.sequence else ()
         shapes[name] = (int(used[name].sum()), *frames, encoder.dim)
 
-    tables, failed = [], []
-    for number, part in enumerate(parts):
+    tables: list[pa.Table] = []
+    failed: list[dict[str, Any]] = []
+    for at, part in enumerate(parts):
         table = pq.read_table(part / "index.parquet")
-        span = slice(number * plan.chunk, number * plan.chunk + table.num_rows)
+        span = slice(at * plan.chunk, at * plan.chunk + table.num_rows)
         here = {name: owners[span] for name, owners in listed.owners.items()}
         failed += _failed(table["id"].to_pylist(), here, failures, kept[span], least)
         tables.append(table.filter(pa.array(kept[span])))
@@ -105,8 +106,8 @@ def merge(
                 )  # fmt: skip
             except ValueError as error:
                 raise ValueError(
-                    f"{name} encoder {encoder.fingerprint!r}: {error}. The parts are kept in {folder.path}: delete them "
-                    "once the encoder is put right, and run again"
+                    f"{name} encoder {encoder.fingerprint!r}: {error}. The parts are kept in {folder.path}: put the "
+                    "encoder right, delete them, and run again"
                 ) from None
         table = pa.Table.from_pylist(failed, _FAILURES.with_metadata({_PLAN_KEY: plan.key()}))
         pq.write_table(table, store / "failures.parquet")

@@ -28,9 +28,8 @@ from diffgap.data.items import Item
 from diffgap.data.media import MediaError, Source
 
 FloatArray = npt.NDArray[np.float32]
-_FAILURE = pa.schema(
-    [("item", pa.int64()), *((name, pa.string()) for name in ("modality", "source", "reason", "message"))]
-)
+_TEXTS = ("modality", "source", "reason", "message")
+_FAILURE = pa.schema([("item", pa.int64()), *((name, pa.string()) for name in _TEXTS)])
 
 
 class Failure(NamedTuple):

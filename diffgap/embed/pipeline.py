@@ -47,7 +47,7 @@ def embed_items(
     an item and modality, and, for the merge, the index.
 
     A medium that cannot be read or encoded goes into ``<output>/failures.parquet`` (id, modality, source, reason,
-    message), once for every item that lists it. An item that is left with fewer than ``min_modalities`` is left out, and
+    message), once for every item that lists it. An item with fewer than ``min_modalities`` embeddings is left out, and
     is in that table too.
 
     Under ``torchrun`` or ``accelerate launch`` (RANK and WORLD_SIZE in the environment) rank r embeds the chunks r,

@@ -9,7 +9,6 @@ import threading
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from multiprocessing.connection import Connection
-from types import TracebackType
 from typing import Any
 
 from diffgap.data.media import MediaError, Reader, Source
@@ -57,6 +56,8 @@ class MediaPool:
             return process.read(modality, source)
         except _Died as death:
             self._own.process = None
+            with self._lock:
+                self._processes.remove(process)
             if self._closed:
                 raise
             raise MediaError("undecodable", f"{source}: {death}") from None
@@ -66,7 +67,6 @@ class MediaPool:
             if self._closed:
                 raise _Died("the pool is closed")
             process = _Process(self._context, self._readers)
-            self._processes = [one for one in self._processes if one.alive()]
             self._processes.append(process)
         process.wait_for_start()
         return process
@@ -74,9 +74,7 @@ class MediaPool:
     def __enter__(self) -> MediaPool:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._threads is None:
             return
         with self._lock:
@@ -140,9 +138,6 @@ class _Process:
         if error is not None:
             raise error
         return result
-
-    def alive(self) -> bool:
-        return self._process.is_alive()
 
     def kill(self) -> None:
         self._process.kill()

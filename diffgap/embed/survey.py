@@ -105,9 +105,9 @@ def _rows(keys: bytearray) -> npt.NDArray[np.bytes_]:
 
 def _check_item(item: Item, kinds: dict[str, str]) -> None:
     """Whatever an index would refuse hours later; ``kinds`` holds what the columns have been so far."""
-    for name, value in (("id", item.id), ("group", item.group)):
-        if not isinstance(value, str) or not value:
-            raise ValueError(f"item {item.id!r} has {name} {value!r}; every item needs a text that is not empty")
+    for name, text in (("id", item.id), ("group", item.group)):
+        if not isinstance(text, str) or not text:
+            raise ValueError(f"item {item.id!r} has {name} {text!r}; every item needs a text that is not empty")
     if item.split not in SPLITS:
         raise ValueError(f"item {item.id!r} has split {item.split!r}; use one of {', '.join(SPLITS)}")
     for name, value in item.columns.items():

@@ -160,11 +160,7 @@ def _rows(encoded: Encoded, encoder: Encoder, count: int) -> list[FloatArray]:
     """
     values, lengths = encoded if isinstance(encoded, tuple) else (encoded, None)
     got = f"{values.dtype} {values.shape}" + ("" if lengths is None else f" with lengths {lengths.shape}")
-    expected = (
-        f"(B, T, D) with lengths (B,), B = {count}, D = {encoder.dim}"
-        if encoder.sequence
-        else f"({count}, {encoder.dim})"
-    )
+    expected = f"({count}, T, {encoder.dim}) with lengths" if encoder.sequence else f"({count}, {encoder.dim})"
     frames = values.shape[1:2] if encoder.sequence else ()
     sound = values.shape == (count, *frames, encoder.dim) and values.dtype == np.float32
     if not sound or (lengths is None) == encoder.sequence or (lengths is not None and lengths.shape != (count,)):
