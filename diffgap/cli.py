@@ -1,4 +1,4 @@
-"""The command line: ``diffgap demo | train | eval | diagnose | ablate | sample | import | doctor``.
+"""The command line: ``diffgap demo | train | eval | diagnose | ablate | sample | embed | import | doctor``.
 
 Exit status: 0 done; 1 the machine failed (disk full, out of memory ...); 2 bad input; 3 a check of
 ``diagnose --strict`` is bad; 130 interrupted. An error is one line on standard error that names what is wrong and how
@@ -23,6 +23,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from tyro.conf import Positional, arg
 
+from diffgap.commands.embed import embed
 from diffgap.models.settings import BridgeSettings
 from diffgap.training.config import DataConfig, RunConfig, TrainConfig
 
@@ -402,6 +403,7 @@ def _parse(arguments: Sequence[str]) -> Callable[[], None]:
         "diagnose": diagnose,
         "ablate": ablate,
         "sample": sample,
+        "embed": embed,
         "import": import_embeddings,
         "doctor": doctor,
     }
@@ -435,7 +437,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (OSError, RuntimeError, MemoryError) as error:
         _fail(error, 1)
     except KeyboardInterrupt:
-        resume = "; run the same command again to resume" if arguments[:1] in (["train"], ["demo"], ["ablate"]) else ""
+        resume = (
+            "; run the same command again to resume"
+            if arguments[:1] in (["train"], ["demo"], ["ablate"], ["embed"])
+            else ""
+        )
         print(f"diffgap: interrupted{resume}", file=sys.stderr)
         sys.exit(130)
 

@@ -1,0 +1,1 @@
+"""Commands of ``diffgap``, a module each."""
