@@ -83,12 +83,14 @@ class PartsFolder:
             OSError: The folder cannot be made, or its file system has no locks.
         """
         alone = self.ranks.world == 1
-        descriptors = [self._lock("lock", fcntl.LOCK_EX if alone else fcntl.LOCK_SH)]
+        descriptors: list[int] = []
         try:
-            if not alone:
-                descriptors.append(self._lock(f"lock-{self.ranks.rank}", fcntl.LOCK_EX))
-            else:
-                remove_leftovers(self.path)
+            with self.explained():
+                descriptors.append(self._lock("lock", fcntl.LOCK_EX if alone else fcntl.LOCK_SH))
+                if alone:
+                    remove_leftovers(self.path)
+                else:
+                    descriptors.append(self._lock(f"lock-{self.ranks.rank}", fcntl.LOCK_EX))
             yield
         finally:
             for descriptor in descriptors:
@@ -130,9 +132,7 @@ class PartsFolder:
                 self.remove()
                 return False
             if time.monotonic() > limit:
-                raise RuntimeError(
-                    f"rank {self.ranks.rank}: rank 0 has not begun on {self.path} with the same settings"
-                )
+                raise RuntimeError(f"rank 0 has not begun on {self.path} with the settings of rank {self.ranks.rank}")
             time.sleep(_POLL_SECONDS)
         found = self._read_plan()
         if found == asdict(plan):
@@ -142,11 +142,12 @@ class PartsFolder:
                 f"{self.path} holds parts of another run: {'; '.join(plan.differences(found))}. Run with the settings "
                 "it was begun with, or pass overwrite=True (--overwrite) to discard those parts"
             )
-        file.unlink(missing_ok=True)
-        for part in self.path.glob("part-*"):
-            shutil.rmtree(part)
-        with atomic_file(file) as temporary:
-            temporary.write_text(json.dumps(asdict(plan), indent=1))
+        with self.explained():
+            file.unlink(missing_ok=True)
+            for part in self.path.glob("part-*"):
+                shutil.rmtree(part)
+            with atomic_file(file) as temporary:
+                temporary.write_text(json.dumps(asdict(plan), indent=1))
         return True
 
     def _read_plan(self) -> dict[str, object] | None:
