@@ -30,8 +30,12 @@ def embed(
     text: str | None = None,
     image: str | None = None,
     video: str | None = None,
-    format: Literal["audiocaps", "clotho", "vggsound"] | None = None,
+    format: Literal["folder", "manifest", "webdataset", "huggingface", "audiocaps", "clotho", "vggsound"] | None = None,
     media: Path | None = None,
+    columns: dict[str, str] | None = None,
+    whole: bool = False,
+    fractions: tuple[float, float, float] = (0.8, 0.1, 0.1),
+    split_seed: int = 0,
     batch_size: int = 32,
     workers: int | None = None,
     device: str = "cpu",
@@ -54,8 +58,12 @@ def embed(
         text: Encoder of captions.
         image: Encoder of pictures.
         video: Encoder of videos.
-        format: Layout of a public data set's own files in SOURCE.
+        format: What SOURCE is; recognised by itself, but for the files of the public data sets.
         media: Folder that the media are in, where it is not SOURCE; for "stamps", the extracted Debian package.
+        columns: Columns of a manifest or of `datasets` that have names of their own: audio file text sentence ...
+        whole: For AudioCaps and VGGSound: the media are whole videos, not yet the ten seconds.
+        fractions: Shares of train, val and test, by a hash of the group, where SOURCE names no split.
+        split_seed: Seed of that hash.
         batch_size: Media that an encoder takes at a time.
         workers: Processes that read media; the cores of this machine by default, at most 16.
         device: Where the encoders run: cpu, cuda, cuda:1 ... Of several processes each takes its own GPU.
@@ -84,7 +92,10 @@ def embed(
             from diffgap.data.items.listing import list_items
             from diffgap.encoders.registry import build_encoder, check_spaces
 
-            items = list_items(source, format=format, media=media, modalities=tuple(specs))
+            items = list_items(
+                source, format=format, media=media, modalities=tuple(specs), columns=columns, whole=whole,
+                split=fractions, split_seed=split_seed,
+            )  # fmt: skip
             encoders = {modality: build_encoder(modality, spec, _own(device)) for modality, spec in specs.items()}
             check_spaces(encoders)
             report = embed_items(
