@@ -52,9 +52,9 @@ def embed_stamps(
         ValueError: Other media than the package's.
         ModuleNotFoundError: A package of the extra ``offline`` is missing.
     """
-    encoders: dict[str, Encoder] = {"audio": StampsSpeech(), "text": MiniLMText(), "image": EfficientNetImage()}
     stamps = [stamp for stamp in scan(find_media(media)) if stamp.category != EXCLUDED]
     items = StampItems(stamps, bundled_parts() if (STAMPS_FOLDER / "splits.parquet").is_file() else {})
     listed = items if limit is None else FirstItems(items, limit)
+    encoders: dict[str, Encoder] = {"audio": StampsSpeech(), "text": MiniLMText(), "image": EfficientNetImage()}
     # A stamp whose picture cannot be rendered is left out whole.
     return embed_items(listed, encoders, output, dtype=DTYPES, min_modalities=3, **options)
