@@ -183,21 +183,23 @@ def test_rows_need_two_modalities(tmp_path: Path) -> None:
     items = Listed([
         item("all", audio="a", text="b", image="c"), item("two", audio="d", image="e"), item("one", text="f"),
         item("broken", audio="broken", text="g", image="h"), item("left", audio="broken too", text="i"),
-        item("none", video="j"),
+        item("none", video="j"), item("last", audio="k", text="l", image="m"),
     ])  # fmt: skip
     found = {name: HashEncoder(name) for name in ("audio", "text", "image")}
     store, report = run(items, found, tmp_path / "store")
-    assert list(store.column("id")) == ["all", "two", "broken"]
-    assert [store.rows(name).tolist() for name in ("audio", "text", "image")] == [[0, 1, -1], [0, -1, 1], [0, 1, 2]]
+    assert list(store.column("id")) == ["all", "two", "broken", "last"]
+    assert [store.rows(name).tolist() for name in ("audio", "text", "image")] == [
+        [0, 1, -1, 2], [0, -1, 1, 2], [0, 1, 2, 3],
+    ]  # fmt: skip
     # Captions of items that are left out are not in the store.
-    assert report.embeddings == {"audio": 2, "image": 3, "text": 2} and report.encoded["text"] == 4
+    assert report.embeddings == {"audio": 3, "image": 4, "text": 3} and report.encoded["text"] == 5
     assert [(row[0], row[1], row[3], row[4]) for row in failures(tmp_path / "store")] == [
         ("one", "audio", "not listed", "it lists text and no audio, image; a row needs 2"),
         ("broken", "audio", "undecodable", "text 'broken' is broken"),
         ("left", "audio", "undecodable", "text 'broken too' is broken"),
         ("none", "audio", "not listed", "it lists none of the modalities and no audio, text, image; a row needs 2"),
     ]
-    assert [len(run(items, found, tmp_path / f"least{n}", min_modalities=n)[0]) for n in (1, 2, 3)] == [5, 3, 1]
+    assert [len(run(items, found, tmp_path / f"least{n}", min_modalities=n)[0]) for n in (1, 2, 3)] == [6, 4, 2]
 
 
 def test_one_modality_alone(tmp_path: Path) -> None:
