@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -17,6 +18,7 @@ from diffgap._files import atomic_file, remove_leftovers
 from diffgap.embed.ranks import Ranks
 
 _POLL_SECONDS = 0.2
+_OWN = re.compile(r"plan\.json|lock(-\d+)?|part-\d{6,}|\..*\.tmp.*")
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,7 @@ class PartsFolder:
     def __init__(self, output: Path, ranks: Ranks) -> None:
         self.path = output.with_name(output.name + ".parts")
         self.ranks = ranks
+        self._descriptors: list[int] = []
 
     def part(self, number: int) -> Path:
         """Where a part is, or will be once it is whole."""
@@ -79,28 +82,34 @@ class PartsFolder:
         """Makes the folder and holds it: alone, or as one of several ranks. Frees it with the process, however it ends.
 
         Raises:
+            FileExistsError: It holds what no run has put there.
             RuntimeError: Another process, or another one of this rank, is at work in it.
             OSError: The folder cannot be made, or its file system has no locks.
         """
+        foreign = sorted(f.name for f in self.path.glob("*") if not _OWN.fullmatch(f.name))
+        if foreign:
+            raise FileExistsError(f"{self.path} holds {foreign[0]!r}, not part of a run; choose another output")
         alone = self.ranks.world == 1
-        descriptors: list[int] = []
         try:
             with self.explained():
-                descriptors.append(self._lock("lock", fcntl.LOCK_EX if alone else fcntl.LOCK_SH))
+                self._descriptors.append(self._lock("lock", fcntl.LOCK_EX if alone else fcntl.LOCK_SH))
                 if alone:
                     remove_leftovers(self.path)
                 else:
-                    descriptors.append(self._lock(f"lock-{self.ranks.rank}", fcntl.LOCK_EX))
+                    self._descriptors.append(self._lock(f"lock-{self.ranks.rank}", fcntl.LOCK_EX))
             yield
         finally:
-            for descriptor in descriptors:
-                os.close(descriptor)
+            while self._descriptors:
+                os.close(self._descriptors.pop())
 
     def _lock(self, name: str, kind: int) -> int:
         path = self.path / name
         while True:
             self.path.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+            try:
+                descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+            except FileNotFoundError:
+                continue  # the process that held the folder removes it
             try:
                 fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
                 if path.exists() and os.path.samestat(os.fstat(descriptor), path.stat()):
@@ -114,7 +123,7 @@ class PartsFolder:
             except OSError:
                 os.close(descriptor)
                 raise
-            os.close(descriptor)  # the process that held it has just removed the folder
+            os.close(descriptor)  # of a folder that was removed
 
     def begin(self, plan: Plan, *, overwrite: bool, finished: Callable[[], bool], wait_seconds: float) -> bool:
         """Takes up the parts of an earlier run of the same plan, or begins anew.
@@ -205,5 +214,6 @@ class PartsFolder:
             )
 
     def remove(self) -> None:
-        """Deletes the folder."""
-        shutil.rmtree(self.path)
+        """Deletes the folder, once no other rank is at work in it: the last part is seen before its writer is done."""
+        fcntl.flock(self._descriptors[0], fcntl.LOCK_EX)
+        shutil.rmtree(self.path, ignore_errors=True)

@@ -26,18 +26,18 @@ def embed(folder: str, output: str, *, count: int = 20, seconds: float = 0.0, **
     )  # fmt: skip
 
 
-def killing(name: str, call: int, after: bool) -> None:
-    """Lets this process kill itself at the ``call``-th call of ``os.<name>``, before or after it is done."""
+def signalled(name: str, call: int, after: bool, kind: signal.Signals) -> None:
+    """Sends this process a signal at the ``call``-th call of ``os.<name>``, before or after it is done."""
     original, calls = getattr(os, name), 0
 
     def counted(*args: Any, **kwargs: Any) -> Any:
         nonlocal calls
         calls += 1
         if calls == call and not after:
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), kind)
         done = original(*args, **kwargs)
-        if calls == call:
-            os.kill(os.getpid(), signal.SIGKILL)
+        if calls == call and after:
+            os.kill(os.getpid(), kind)
         return done
 
     setattr(os, name, counted)
@@ -56,15 +56,19 @@ class Apart:
         *args: Any,
         environment: dict[str, str] | None = None,
         kill: tuple[str, int, bool] | None = None,
+        stop: tuple[str, int] | None = None,
         most_bytes: int | None = None,
         said: Path | None = None,
         **kwargs: Any,
     ) -> int:
-        """The id of a process that calls ``embed``; its error goes into the file ``said``, one line."""
+        """The id of a process that calls ``embed``, its error in the file ``said``.
+
+        It is killed (``kill``) or stopped (``stop``) at a call of a function of ``os``: name, number, whether after it.
+        """
         assert self._server.stdin is not None and self._server.stdout is not None
         run = {
             "args": [str(a) for a in args], "kwargs": kwargs, "environment": environment or {}, "kill": kill,
-            "most_bytes": most_bytes, "said": None if said is None else str(said),
+            "stop": stop, "most_bytes": most_bytes, "said": None if said is None else str(said),
         }  # fmt: skip
         self._server.stdin.write(json.dumps(run) + "\n")
         self._server.stdin.flush()
@@ -86,7 +90,9 @@ class Apart:
 def _child(run: dict[str, Any]) -> int:
     os.environ.update(run["environment"])
     if run["kill"]:
-        killing(*run["kill"])
+        signalled(*run["kill"], signal.SIGKILL)
+    if run["stop"]:
+        signalled(*run["stop"], True, signal.SIGSTOP)
     if run["most_bytes"]:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (run["most_bytes"], run["most_bytes"]))

@@ -113,6 +113,20 @@ def test_ranks_make_the_same_store(apart: Apart, media: Path, whole: dict[str, s
     assert [path.name for path in tmp_path.iterdir()] == ["store"]
 
 
+def test_the_folder_stays_until_the_other_ranks_have_left_it(apart: Apart, media: Path, tmp_path: Path) -> None:
+    """A rank that is stopped right after the rename of its last part still has that folder when it goes on."""
+    said, environment = tmp_path / "said", {"RANK": "1", "WORLD_SIZE": "2"}
+    slow = apart.start(media, tmp_path / "store", environment=environment, stop=("replace", 1), said=said)
+    first = apart.start(media, tmp_path / "store", environment=environment | {"RANK": "0"})
+    while not (tmp_path / "store" / "index.parquet").exists():
+        time.sleep(0.01)
+    time.sleep(0.2)
+    assert (tmp_path / "store.parts" / "part-000001").exists()
+    os.kill(slow, signal.SIGCONT)
+    assert [apart.wait(slow), apart.wait(first)] == [0, 0]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["store"]
+
+
 def test_each_rank_embeds_its_own_chunks(
     media: Path, whole: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -207,6 +221,14 @@ def test_a_folder_that_is_no_store_is_not_replaced(media: Path, tmp_path: Path) 
     with pytest.raises(FileExistsError, match=r"also holds 'thesis\.tex'"):
         embed_items(make_items(media, 20, 2), encoders(), tmp_path / "store", workers=0, overwrite=True)
     assert [path.name for path in tmp_path.iterdir()] == ["store"]
+
+
+def test_a_parts_folder_of_someone_else_is_left_alone(media: Path, tmp_path: Path) -> None:
+    (tmp_path / "store.parts").mkdir()
+    (tmp_path / "store.parts" / "wheel.stl").touch()
+    with pytest.raises(FileExistsError, match=r"store\.parts holds 'wheel\.stl', not part of a run; choose another"):
+        embed_items(make_items(media, 20, 2), encoders(), tmp_path / "store", workers=0, overwrite=True)
+    assert [path.name for path in (tmp_path / "store.parts").iterdir()] == ["wheel.stl"]
 
 
 @pytest.mark.parametrize("most", [300, 1200])
