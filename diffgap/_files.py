@@ -22,8 +22,13 @@ def _sync(path: Path) -> None:
 
 
 @contextmanager
-def atomic_folder(path: str | os.PathLike[str], *, overwrite: bool = False) -> Iterator[Path]:
+def atomic_folder(
+    path: str | os.PathLike[str], *, overwrite: bool = False, within: Path | None = None
+) -> Iterator[Path]:
     """A temporary folder beside ``path`` that takes its name when the block ends without an exception.
+
+    With ``within``, a folder of the same file system, it is made there instead, so that what a killed process leaves
+    behind can be told from anything else.
 
     With ``overwrite`` an existing folder is exchanged for the new one in one system call where the file system can,
     and deleted afterwards. If the block raises, nothing has changed and nothing is left behind.
@@ -35,7 +40,7 @@ def atomic_folder(path: str | os.PathLike[str], *, overwrite: bool = False) -> I
     if path.exists() and not overwrite:
         raise FileExistsError(f"{path} exists; choose another path or pass overwrite=True")
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.tmp", dir=path.parent))
+    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.tmp", dir=within or path.parent))
     try:
         os.chmod(temporary, 0o777 & ~_umask())
         yield temporary

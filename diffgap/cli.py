@@ -1,4 +1,4 @@
-"""The command line: ``diffgap demo | train | eval | diagnose | ablate | sample | import | doctor``.
+"""The command line: ``diffgap demo | train | eval | diagnose | ablate | sample | embed | import | doctor``.
 
 Exit status: 0 done; 1 the machine failed (disk full, out of memory ...); 2 bad input; 3 a check of
 ``diagnose --strict`` is bad; 130 interrupted. An error is one line on standard error that names what is wrong and how
@@ -20,6 +20,7 @@ from diffgap.commands.ablate import ablate
 from diffgap.commands.demo import demo
 from diffgap.commands.diagnose import diagnose
 from diffgap.commands.doctor import doctor
+from diffgap.commands.embed import embed
 from diffgap.commands.evaluate import evaluate
 from diffgap.commands.import_embeddings import import_embeddings
 from diffgap.commands.sample import sample
@@ -52,6 +53,7 @@ def _parse(arguments: Sequence[str]) -> Callable[[], None]:
         "diagnose": diagnose,
         "ablate": ablate,
         "sample": sample,
+        "embed": embed,
         "import": import_embeddings,
         "doctor": doctor,
     }
@@ -85,7 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (OSError, RuntimeError, MemoryError) as error:
         _fail(error, 1)
     except KeyboardInterrupt:
-        resume = "; run the same command again to resume" if arguments[:1] in (["train"], ["demo"], ["ablate"]) else ""
+        resume = "; run the same command again to resume" if arguments[:1] in (["train"], ["demo"], ["ablate"], ["embed"]) else ""
         print(f"diffgap: interrupted{resume}", file=sys.stderr)
         sys.exit(130)
 

@@ -5,8 +5,8 @@
     pip install -e '.[offline]'
     python scripts/build_stamps.py media
 
-About ten minutes on two cores. Embeddings are kept in the work folder as they are made, so an interrupted
-build goes on where it stopped. The saved speech projection is used again, so that a rebuild gives the same
+The embeddings are those of ``diffgap embed stamps``; this makes the split lists too. About ten minutes on two cores; an
+interrupted build goes on where it stopped. The saved speech projection is used again, so that a rebuild gives the same
 vectors; ``--refit`` fits it anew.
 """
 
@@ -15,10 +15,10 @@ from __future__ import annotations
 import argparse
 import hashlib
 import os
+import shutil
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -27,74 +27,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from stamps_splits import near_pairs, split_lists
 
-from diffgap.data.stamps import NUM_SEEDS, STAMPS_FOLDER, project_speech
+from diffgap.data.items.stamps import EXCLUDED, LANGUAGES, Stamp, find_media, scan
+from diffgap.data.stamps import NUM_SEEDS, STAMPS_FOLDER
 from diffgap.data.store import EmbeddingStore, write_store
-from diffgap.encoders import Encoder
-from diffgap.encoders.offline import EfficientNetImage, MiniLMText, WhisperSpeech
+from diffgap.embed.stamps import embed_stamps
+from diffgap.encoders.offline import WhisperSpeech
 
 FloatArray = npt.NDArray[np.float32]
 
+EMBEDDED = "embedded"
 PROJECTION = STAMPS_FOLDER / "speech_projection.npz"
-VERSION = "2022.06.04-1"
-PACKAGE = "tuxpaint-stamps-default"
-MEDIA_SHA256 = "91d5d12f3fc951f555127d8ebf5821381deed7f4c4cdb55c52f2d17e26675ff6"
-# The other four languages have under 100 recordings each.
-LANGUAGES = ("be", "bg", "ca", "da", "el", "es", "fr", "ro", "ru")
-EXCLUDED = "symbols"  # letters of both cases and languages share recordings: not concepts of their own
 SPEECH_DIM = 1024
 NEAR = 0.95  # cosine from which two rows count as the same recording or picture
 LEVELS = 7  # the projection's axes are integers in -7..7, which deflate to under 4 bits each
-DTYPES = {"audio": "int8", "text": "float16", "image": "int8"}
-
-
-@dataclass(frozen=True)
-class Stamp:
-    """One stamp: its name is the path below the stamps folder without a suffix."""
-
-    name: str
-    caption: str
-    image: Path
-    recordings: dict[str, Path] = field(repr=False)
-
-    @property
-    def folder(self) -> str:
-        return self.name.rpartition("/")[0]
-
-    @property
-    def category(self) -> str:
-        return self.name.partition("/")[0]
-
-
-def find_media(root: Path) -> Path:
-    """The stamps folder below an extracted package (or that folder itself), after its digest was checked."""
-    below = root / "usr/share/tuxpaint/stamps"
-    media = below if below.is_dir() else root
-    files = sorted(p for p in media.rglob("*") if p.suffix in {".txt", ".png", ".svg", ".ogg"})
-    digest = hashlib.sha256()
-    for path in files:
-        digest.update(path.relative_to(media).as_posix().encode() + hashlib.sha256(path.read_bytes()).digest())
-    if digest.hexdigest() != MEDIA_SHA256:
-        raise ValueError(
-            f"{media}: its {len(files)} media files are not those of {PACKAGE} {VERSION}; "
-            f"get them with: apt-get download {PACKAGE}={VERSION} && dpkg-deb -x {PACKAGE}_*.deb DIR"
-        )
-    return media
-
-
-def scan(media: Path) -> list[Stamp]:
-    """Stamps with a text, a picture and a recording, by name; mirrored and flipped variants are left out."""
-    stamps = []
-    for text in sorted(media.rglob("*.txt")):
-        if text.stem.endswith(("_mirror", "_flip")):
-            continue
-        pictures = [p for suffix in (".png", ".svg") if (p := text.with_suffix(suffix)).is_file()]
-        spoken = {lang: text.with_name(f"{text.stem}_desc_{lang}.ogg") for lang in LANGUAGES}
-        spoken = {lang: path for lang, path in spoken.items() if path.is_file()}
-        if pictures and spoken:
-            name = text.relative_to(media).with_suffix("").as_posix()
-            caption = text.read_text(encoding="utf-8").splitlines()[0].strip()
-            stamps.append(Stamp(name, caption, pictures[0], spoken))
-    return stamps
 
 
 class Cache:
@@ -106,8 +51,8 @@ class Cache:
         self._folder.mkdir(parents=True, exist_ok=True)
 
     @classmethod
-    def of(cls, encoder: Encoder, folder: Path) -> Cache:
-        """Of what an encoder makes of one file."""
+    def of(cls, encoder: WhisperSpeech, folder: Path) -> Cache:
+        """Of what the encoder makes of one file."""
         return cls(lambda item: encoder.encode([item])[0], encoder.fingerprint, folder)
 
     def __call__(self, item: Path) -> FloatArray:
@@ -148,17 +93,6 @@ def fit_projection(features: FloatArray, path: Path, dim: int) -> None:
     )
 
 
-def render_all(stamps: list[Stamp], embed: Callable[[Path], FloatArray]) -> dict[str, FloatArray]:
-    """Image embedding by stamp name; a stamp whose picture cannot be rendered is reported and left out."""
-    images = {}
-    for stamp in stamps:
-        try:
-            images[stamp.name] = embed(stamp.image)
-        except ValueError as error:
-            print(f"left out: {error}")
-    return images
-
-
 def with_progress(items: list[Path], what: str, embed: Callable[[Path], FloatArray]) -> dict[Path, FloatArray]:
     """Embeds files one by one and prints how far it is."""
     found = {}
@@ -167,60 +101,6 @@ def with_progress(items: list[Path], what: str, embed: Callable[[Path], FloatArr
         if count % 500 == 0 or count == len(items):
             print(f"{what}: {count} of {len(items)}", flush=True)
     return found
-
-
-class Rows:
-    """Distinct embeddings of a modality, in the order they were first asked for."""
-
-    def __init__(self) -> None:
-        self._at: dict[str, int] = {}
-        self._rows: list[FloatArray] = []
-
-    def add(self, key: str, row: FloatArray) -> int:
-        """Row number of ``key``, appended if new."""
-        if key not in self._at:
-            self._at[key] = len(self._rows)
-            self._rows.append(row)
-        return self._at[key]
-
-    def stack(self) -> FloatArray:
-        """(R, D)"""
-        return np.stack(self._rows)
-
-
-def build_store(
-    stamps: list[Stamp],
-    speech: dict[Path, FloatArray],
-    images: dict[str, FloatArray],
-    embed: dict[str, Encoder],
-) -> EmbeddingStore:
-    """One index row per recording; equal files, captions and pictures share an embedding row."""
-    rows = {"audio": Rows(), "text": Rows(), "image": Rows()}
-    texts = sorted({stamp.caption for stamp in stamps})
-    captions = dict(zip(texts, embed["text"].encode(texts), strict=True))
-    columns: dict[str, list[str] | list[int]] = defaultdict(list)
-    for stamp in stamps:
-        for language, path in sorted(stamp.recordings.items()):
-            content = hashlib.sha256(path.read_bytes()).hexdigest()
-            record: dict[str, str | int] = {
-                "id": f"{stamp.name}_desc_{language}",
-                "group": stamp.caption,
-                "split": "train",
-                "caption": stamp.caption,
-                "source": f"{PACKAGE} {VERSION}",
-                "language": language,
-                "category": stamp.category,
-                "folder": stamp.folder,
-                "image_file": stamp.name + stamp.image.suffix,
-                # The same file under two languages would be centred twice, so it is one row per language.
-                "row_audio": rows["audio"].add(f"{content} {language}", speech[path]),
-                "row_text": rows["text"].add(stamp.caption, captions[stamp.caption]),
-                "row_image": rows["image"].add(stamp.name, images[stamp.name]),
-            }
-            for name, value in record.items():
-                columns[name].append(value)  # type: ignore[arg-type]
-    arrays = {name: of.stack() for name, of in rows.items()}
-    return EmbeddingStore.from_arrays(arrays, columns, encoders={name: e.fingerprint for name, e in embed.items()})
 
 
 def inseparable(store: EmbeddingStore) -> list[tuple[str, str]]:
@@ -248,10 +128,9 @@ def write(store: EmbeddingStore, work: Path) -> None:
     folders: dict[str, set[str]] = defaultdict(set)
     for group, folder in zip(store.column("group"), store.column("folder"), strict=True):
         folders[group].add(folder)
-    quantized = EmbeddingStore.open(write_store(work / "quantized", store, dtype=DTYPES, overwrite=True))
-    lists = split_lists(folders, inseparable(quantized), NUM_SEEDS)
+    lists = split_lists(folders, inseparable(store), NUM_SEEDS)
     parts = dict(zip(lists["group"], lists["concept_0"], strict=True))
-    final = write_store(work / "store", quantized.with_split(parts), overwrite=True)
+    final = write_store(work / "store", store.with_split(parts), overwrite=True)
     pq.write_table(pa.table(lists), final / "splits.parquet")
     for path in sorted(final.iterdir()):
         partial = STAMPS_FOLDER / f".{path.name}.partial"
@@ -259,49 +138,37 @@ def write(store: EmbeddingStore, work: Path) -> None:
         os.replace(partial, STAMPS_FOLDER / path.name)
 
 
-def explained(features: Iterable[FloatArray], languages: Iterable[str]) -> float:
-    """Share of the standardised features' variance, language means removed, inside the projection."""
-    with np.load(PROJECTION, allow_pickle=False) as file:
-        deviation, axes = file["deviation"], file["axes"].astype(np.float32)
-    rows, labels = np.stack(list(features)) / deviation, np.array(list(languages))
-    for label in np.unique(labels):
-        rows[labels == label] -= rows[labels == label].mean(axis=0)
-    span = np.linalg.qr(axes.T)[0]
-    return float(np.square(rows @ span).sum() / np.square(rows).sum())
+def fit(media: Path, work: Path) -> None:
+    """Fits the speech projection on the recordings that belong to no split."""
+    stamps = scan(media)
+    kept = [path for stamp in stamps if stamp.category != EXCLUDED for path in stamp.recordings.values()]
+    symbols = recordings_outside(stamps, kept, LANGUAGES)
+    features = with_progress(symbols, "speech of symbols", Cache.of(WhisperSpeech(), work))
+    fit_projection(np.stack(list(features.values())), PROJECTION, SPEECH_DIM)
+    # Of an interrupted build, made with the projection before; the fingerprint is Whisper's alone.
+    shutil.rmtree(work / f"{EMBEDDED}.parts", ignore_errors=True)
 
 
 def main() -> int:
     """Builds the data set; exit status 0, or 1 with one line on standard error."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("media", type=Path, help="folder the Debian package was extracted to")
-    parser.add_argument("--work", type=Path, default=Path("build/stamps"), help="cache folder (build/stamps)")
+    parser.add_argument("--work", type=Path, default=Path("build/stamps"), help="work folder (build/stamps)")
     parser.add_argument("--refit", action="store_true", help="fit the speech projection anew")
     options = parser.parse_args()
     try:
-        stamps = scan(find_media(options.media))
-        embed: dict[str, Encoder] = {
-            "audio": WhisperSpeech(),
-            "text": MiniLMText(),
-            "image": EfficientNetImage(),
-        }
+        media = find_media(options.media)
+        if options.refit or not PROJECTION.is_file():
+            fit(media, options.work)
+        report = embed_stamps(media, options.work / EMBEDDED, overwrite=True)
     except (ModuleNotFoundError, ValueError) as error:
         print(f"build_stamps: {error}", file=sys.stderr)
         return 1
-    kept = [stamp for stamp in stamps if stamp.category != EXCLUDED]
-    images = render_all(kept, Cache.of(embed["image"], options.work))
-    kept = [stamp for stamp in kept if stamp.name in images]
-    hear = Cache.of(embed["audio"], options.work)
-    paths = {path: language for stamp in kept for language, path in stamp.recordings.items()}
-    if options.refit or not PROJECTION.is_file():
-        rows = with_progress(recordings_outside(stamps, paths, LANGUAGES), "speech of symbols", hear)
-        fit_projection(np.stack(list(rows.values())), PROJECTION, SPEECH_DIM)
-    features = with_progress(list(paths), "speech", hear)
-    share = explained(features.values(), paths.values())
-    print(f"variance of the kept recordings inside the projection: {share:.3f}")
-    speech = dict(zip(features, project_speech(np.stack(list(features.values()))), strict=True))
-    store = build_store(kept, speech, images, embed)
+    assert report is not None  # there are no ranks
+    print(f"left out: {report.left_out} recordings, {dict(report.failures)}")
+    store = EmbeddingStore.open(report.output)
     write(store, options.work)
-    print(f"{len(store)} recordings of {len(kept)} stamps, {len(set(store.column('caption')))} captions")
+    print(f"{len(store)} recordings, {len(set(store.column('caption')))} captions")
     print(f"by language: {dict(Counter(store.column('language')))}")
     return 0
 

@@ -13,8 +13,9 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from build_stamps import Cache, find_media, fit_projection, recordings_outside, scan, with_progress
+from build_stamps import Cache, fit_projection, recordings_outside, with_progress
 
+from diffgap.data.items.stamps import find_media, scan
 from diffgap.data.stamps import STAMPS_FOLDER
 from diffgap.data.stamps_frames import (
     FRAMES_FOLDER,

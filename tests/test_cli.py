@@ -21,6 +21,7 @@ COMMANDS = {
     "train": ["OUTPUT", "--config", "--preset", "--data.path", "--train.learning-rate", "(default: 0.001)"],
     "eval": ["RUN ...", "--split {val,test}", "{cosine,bridge,fusion,rerank}", "--few-steps", "(default: 1000)"],
     "sample": ["RUN", "SOURCE", "TARGET", "OUTPUT", "--num-samples", "--guidance-scale"],
+    "embed": ["SOURCE", "OUTPUT", "--audio", "--text", "--format", "clotho", "--workers", "--limit", "--overwrite"],
     "import": ["SOURCE", "OUTPUT", "--csv", "--id", "--group", "--split", "--fractions", "--split-seed", "--dtype"],
     "doctor": ["usage: diffgap doctor"],
 }

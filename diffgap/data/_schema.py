@@ -15,8 +15,8 @@ import torch
 from diffgap.data._modality import FORMAT_VERSION, Modality, check_version
 
 SPLITS = ("train", "val", "test")
-_REQUIRED = ("id", "group", "split")
-_TEXT = (*_REQUIRED, "caption", "source", "language")
+REQUIRED_COLUMNS = ("id", "group", "split")
+TEXT_COLUMNS = (*REQUIRED_COLUMNS, "caption", "source", "language")
 _VERSION_KEY = b"diffgap_format_version"
 
 
@@ -43,7 +43,7 @@ def as_columns(index: Mapping[str, Any] | pa.Table | None, counts: Mapping[str, 
         columns = {name: index[name] for name in index.column_names}
     elif index is not None:
         for name, values in index.items():
-            kind = pa.string() if name in _TEXT else pa.int64() if name.startswith("row_") else None
+            kind = pa.string() if name in TEXT_COLUMNS else pa.int64() if name.startswith("row_") else None
             try:
                 columns[name] = pa.array(values.tolist() if isinstance(values, torch.Tensor) else values, kind)
             except (pa.ArrowException, TypeError) as error:
@@ -88,17 +88,17 @@ def check_index(
 
 
 def _check_text_columns(table: pa.Table, where: str) -> pa.Table:
-    missing = [name for name in _REQUIRED if name not in table.column_names]
+    missing = [name for name in REQUIRED_COLUMNS if name not in table.column_names]
     if missing:
         raise ValueError(f"{where}: column {missing[0]!r} is missing; it has {', '.join(table.column_names) or 'none'}")
-    for name in [c for c in _TEXT if c in table.column_names]:
+    for name in [c for c in TEXT_COLUMNS if c in table.column_names]:
         kind = table[name].type
         kind = kind.value_type if pa.types.is_dictionary(kind) else kind
         if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
             raise ValueError(f"{where}: column {name!r} must be strings; got {table[name].type}")
         column = table[name].cast(pa.string())
         # An empty group would make strangers positives of each other.
-        empty = pc.sum(pc.fill_null(pc.equal(column, ""), True)).as_py() if name in _REQUIRED else 0
+        empty = pc.sum(pc.fill_null(pc.equal(column, ""), True)).as_py() if name in REQUIRED_COLUMNS else 0
         if empty:
             raise ValueError(f"{where}: column {name!r} has {empty} empty values; every row needs one")
         table = table.set_column(table.column_names.index(name), name, column)

@@ -7,6 +7,7 @@
     <modality>.safetensors   "embeddings" (R, D) or (R, T, D), float32, float16, or int8 with "scale" (R,)
                              float32; "lengths" (R,) int64 for sequences, what stands beyond them is
                              read as zeros; encoder fingerprint and format version in the header
+    failures.parquet         of ``diffgap embed``: id, modality, source, reason and message of what is not embedded
 
 Modality files are memory-mapped: opening costs one pass over them to refuse degenerate rows (``check=False``
 skips it), and gathering reads only the rows asked for. No pickle is read or written anywhere.
@@ -272,7 +273,7 @@ def check_replaceable(path: str | os.PathLike[str], *, overwrite: bool) -> None:
         raise FileExistsError(f"{target} exists and is not a folder; choose another path")
     if not overwrite:
         raise FileExistsError(f"{target} exists; pass overwrite=True (--overwrite) or choose another path")
-    own = ("index.parquet", "splits.parquet")
+    own = ("index.parquet", "splits.parquet", "failures.parquet")
     foreign = sorted(f.name for f in target.iterdir() if f.name not in own and f.suffix != ".safetensors")
     if foreign:
         raise FileExistsError(f"{target} also holds {foreign[0]!r}, not part of a store; choose another path")

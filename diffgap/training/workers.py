@@ -87,7 +87,7 @@ def _failure(exitcode: int | None, receiver: Connection) -> str | None:
 def _call(sender: Connection, work: Callable[..., None], *arguments: object) -> None:
     """The life of one process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all; the parent decides
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
     try:
         work(*arguments)
@@ -100,7 +100,8 @@ def _call(sender: Connection, work: Callable[..., None], *arguments: object) -> 
         sys.exit(1)
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
+    """Waits for the parent's end, however it comes, and ends this process; for a thread."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     wait([parent.sentinel])
