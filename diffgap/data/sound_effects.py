@@ -10,7 +10,7 @@ in ``scripts/sound_effects_files.py``; rows of equal caption are of one group.
     image   (P, 1280) int8    EfficientNet-lite0, pooled (``EfficientNetImage``)
 
 **The package gives much away.** Each package has its own kind of sounds and its own way of naming them, so a method
-that knew only the package of every item would be far above chance (``package_chance`` says how far). Read results
+that knew only the package of every item would be far above chance (``chance_recall`` says how far). Read results
 beside that level, and use ``split="source"``, whose test packages were not seen in training, for how well names and
 sounds are matched at all.
 
@@ -31,7 +31,7 @@ import pyarrow.parquet as pq
 from diffgap.data._bundled import check_choice
 from diffgap.data.store import EmbeddingStore
 
-__all__ = ["MODALITIES", "NUM_SEEDS", "SOUND_EFFECTS_FOLDER", "load_sound_effects", "package_chance"]
+__all__ = ["MODALITIES", "NUM_SEEDS", "SOUND_EFFECTS_FOLDER", "chance_recall", "load_sound_effects"]
 
 SOUND_EFFECTS_FOLDER = Path(__file__).parent / "sound_effects"
 MODALITIES = ("audio", "text", "image")
@@ -74,24 +74,25 @@ def load_sound_effects(
     return store.with_split(of_group).only(modalities)
 
 
-def package_chance(store: EmbeddingStore, query: str, gallery: str, k: int) -> float:
-    """Recall at ``k`` that a method would have, on average, if it knew the packages of every item and nothing else.
+def chance_recall(store: EmbeddingStore, query: str, gallery: str, k: int, *, knowing: str = "package") -> float:
+    """Recall at ``k`` that a method would have, on average, if it knew one index column of every item and nothing else.
 
-    It would rank the n items of the query's packages first, in random order: of those, the m of the query's group are
-    found among the first k with probability ``1 - C(n - m, k) / C(n, k)``. Mean over the distinct ``query`` embeddings
-    of ``store``, with its distinct ``gallery`` embeddings.
+    It would rank the n items that have a value in common with the query first, in random order: one of the m among them
+    that are of the query's group is in the first k with probability ``1 - C(n - m, k) / C(n, k)``. Mean over the
+    distinct ``query`` embeddings of ``store``, with its distinct ``gallery`` embeddings. A column of one value, such as
+    "split" of one split, gives plain chance.
     """
     both = store.select(store.present(query, gallery))
-    groups, packages = both.column("group"), both.column("package")
+    groups, values = both.column("group"), both.column(knowing)
 
     def items(modality: str) -> list[tuple[str, set[str]]]:
-        """Group and packages of every distinct embedding."""
+        """Group and values of every distinct embedding."""
         row = both.rows(modality)
-        return [(groups[first], set(packages[row == row[first]])) for first in both.unique_rows(modality)]
+        return [(groups[first], set(values[row == row[first]])) for first in both.unique_rows(modality)]
 
     targets, found = items(gallery), []
-    for group, of in items(query):
-        own = [other for other, theirs in targets if of & theirs]
+    for group, known in items(query):
+        own = [other for other, theirs in targets if known & theirs]
         n, m = len(own), own.count(group)
-        found.append(1 - comb(n - m, k) / comb(n, min(k, n)) if k < n else 1.0)
+        found.append(1 - comb(n - m, k) / comb(n, k) if k < n else 1.0)
     return float(np.mean(found))

@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from diffgap.data.sound_effects import NUM_SEEDS, SOUND_EFFECTS_FOLDER, load_sound_effects, package_chance
+from diffgap.data.sound_effects import NUM_SEEDS, SOUND_EFFECTS_FOLDER, chance_recall, load_sound_effects
 from diffgap.data.store import SPLITS, EmbeddingStore
 from diffgap.training.config import DataConfig
 from diffgap.training.runs import load_data
@@ -198,7 +198,7 @@ class TestLoad:
             load_data(DataConfig(path="stamps", split="source"))
 
 
-class TestPackageChance:
+class TestChance:
     def test_formula(self) -> None:
         """Two packages: a has captions x (two rows), y; b has x, z."""
         index = {
@@ -208,16 +208,17 @@ class TestPackageChance:
         }
         store = EmbeddingStore.from_arrays({"audio": np.eye(5) + 1, "text": np.eye(3) + 1}, index)
         # audio -> text: every row has two captions of its package to choose from.
-        assert package_chance(store, "audio", "text", 1) == pytest.approx(1 / 2)
-        assert package_chance(store, "audio", "text", 2) == 1.0
+        assert chance_recall(store, "audio", "text", 1) == pytest.approx(1 / 2)
+        assert chance_recall(store, "audio", "text", 1, knowing="split") == pytest.approx(1 / 3)
+        assert chance_recall(store, "audio", "text", 2) == 1.0
         # text -> audio: x knows all 5 rows and has 3 of them; y has 1 of 3, z 1 of 2.
-        assert package_chance(store, "text", "audio", 1) == pytest.approx((3 / 5 + 1 / 3 + 1 / 2) / 3)
-        assert package_chance(store, "text", "audio", 2) == pytest.approx((1 - 1 / comb(5, 2) + 2 / 3 + 1) / 3)
+        assert chance_recall(store, "text", "audio", 1) == pytest.approx((3 / 5 + 1 / 3 + 1 / 2) / 3)
+        assert chance_recall(store, "text", "audio", 2) == pytest.approx((1 - 1 / comb(5, 2) + 2 / 3 + 1) / 3)
 
     def test_one_package_is_plain_chance(self) -> None:
         index = {"package": ["a"] * 4}
         store = EmbeddingStore.from_arrays({"audio": np.eye(4) + 1, "text": np.eye(4) + 1}, index)
-        assert package_chance(store, "audio", "text", 3) == pytest.approx(3 / 4)
+        assert chance_recall(store, "audio", "text", 3) == pytest.approx(3 / 4)
 
 
 class TestLearnable:
