@@ -164,7 +164,12 @@ def build_commands() -> dict[str, Any]:
 ext_modules = extensions()
 setup(
     # The folder of bundled data counts as a package for setuptools.
-    packages=[*find_packages(include=["diffgap", "diffgap.*"]), "diffgap.data.stamps", "diffgap.kernels"],
+    packages=[
+        *find_packages(include=["diffgap", "diffgap.*"]),
+        "diffgap.data.sound_effects",
+        "diffgap.data.stamps",
+        "diffgap.kernels",
+    ],
     package_dir={"diffgap.kernels": "kernels"},
     ext_modules=ext_modules,
     cmdclass=build_commands() if ext_modules else {},

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from diffgap._version import __version__
 
 if TYPE_CHECKING:
+    from diffgap.data.sound_effects import load_sound_effects
     from diffgap.data.stamps import load_stamps
     from diffgap.data.store import EmbeddingStore
     from diffgap.diffusion.schedule import NoiseSchedule
@@ -33,6 +34,7 @@ _HOMES = {
     "attention": "diffgap.ops",
     "backend": "diffgap.ops",
     "explain": "diffgap.ops",
+    "load_sound_effects": "diffgap.data.sound_effects",
     "load_stamps": "diffgap.data.stamps",
     "restore_attention": "diffgap.integrations",
     "ring_clip_loss": "diffgap.ring_loss",
@@ -53,6 +55,7 @@ __all__ = [
     "attention",
     "backend",
     "explain",
+    "load_sound_effects",
     "load_stamps",
     "restore_attention",
     "ring_clip_loss",

@@ -87,7 +87,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (OSError, RuntimeError, MemoryError) as error:
         _fail(error, 1)
     except KeyboardInterrupt:
-        resume = "; run the same command again to resume" if arguments[:1] in (["train"], ["demo"], ["ablate"], ["embed"]) else ""
+        resumable = arguments[:1] in (["train"], ["demo"], ["ablate"], ["embed"])
+        resume = "; run the same command again to resume" if resumable else ""
         print(f"diffgap: interrupted{resume}", file=sys.stderr)
         sys.exit(130)
 

@@ -24,7 +24,7 @@ def diagnose(
     Each check gives a verdict (good, warn, bad), its threshold with the reason, and what to try.
 
     Args:
-        path: Run folder of `diffgap train`, folder of an embedding store, or "stamps".
+        path: Run folder of `diffgap train`, folder of an embedding store, or the name of a bundled set.
         output: Folder for report.md, report.json and the plots; by default "diagnose" in the run's folder, or beside
             the store's with "-diagnose" at the end of its name.
         split: Rows that the bridge is checked on. The data are checked whole.

@@ -35,8 +35,8 @@ def sample(
         source: Modality to start from.
         target: Modality to sample, in the bridge's contrastive space (unit vectors).
         output: Folder of the new store; row i holds sample k of an input, its id "<id>#k".
-        data: Embedding store, "stamps", "stamps-frames", or a .npy file of shape (N, D) or (N, T, D); the run's own
-            data by default.
+        data: Embedding store, a bundled set ("stamps", "stamps-frames", "sound-effects"), or a .npy file of shape
+            (N, D) or (N, T, D); the run's own data by default.
         split: Rows of the store to bridge; a .npy file is taken whole.
         num_samples: Samples per embedding.
         frames: Frames to sample of a sequence modality; those of each source sequence if not given.

@@ -24,6 +24,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow.parquet as pq
 
+from diffgap.data._bundled import check_choice
 from diffgap.data.store import EmbeddingStore
 
 __all__ = ["MODALITIES", "NUM_SEEDS", "STAMPS_FOLDER", "load_stamps", "project_speech"]
@@ -55,13 +56,7 @@ def load_stamps(
 
     Raises ValueError for an unknown split, seed or modality.
     """
-    if split not in get_args(Split):
-        raise ValueError(f"split {split!r} is unknown; choose 'concept' or 'folder'")
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < NUM_SEEDS:
-        raise ValueError(f"seed {seed!r} has no split list; choose 0..{NUM_SEEDS - 1}")
-    unknown = [name for name in modalities if name not in MODALITIES]
-    if unknown or not modalities or isinstance(modalities, str):
-        raise ValueError(f"modalities {modalities!r} must be a sequence out of {', '.join(MODALITIES)}")
+    check_choice(split, seed, modalities, splits=get_args(Split), num_seeds=NUM_SEEDS, known=MODALITIES)
     lists = pq.read_table(STAMPS_FOLDER / "splits.parquet", columns=["group", f"{split}_{seed}"])
     parts = dict(zip(*(column.to_pylist() for column in lists.columns), strict=True))
     stored = EmbeddingStore.open(STAMPS_FOLDER).with_split(parts)

@@ -186,6 +186,11 @@ class EmbeddingStore:
         index = self._index.take(pa.array(picked))
         return EmbeddingStore(index, self._modalities, {name: r[picked] for name, r in self._rows.items()})
 
+    def only(self, modalities: Sequence[str]) -> EmbeddingStore:
+        """View without the modalities that are not named; its rows are the same, with or without an embedding left."""
+        kept = {name: self._modality(name) for name in modalities}
+        return EmbeddingStore(self._index, kept, {name: self._rows[name] for name in kept})
+
     def split(self, name: str) -> EmbeddingStore:
         """View of the rows of one split. Raises ValueError for an unknown name and for an empty split."""
         if name not in SPLITS:

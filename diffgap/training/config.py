@@ -18,8 +18,13 @@ Precision = Literal["no", "bf16", "fp16"]
 #: Fields that change how a run goes, but not its result.
 _WITHOUT_EFFECT = ("train.timeout_s", "train.diagnose")
 
-#: Values of ``data.path`` that name bundled data, whose splits ``data.split`` and ``data.split_seed`` choose.
-BUNDLED = ("stamps", "stamps-frames")
+#: Values of ``data.path`` that name bundled data, whose splits ``data.split`` and ``data.split_seed`` choose, and the
+#: functions that load them.
+BUNDLED = {
+    "stamps": "diffgap.data.stamps:load_stamps",
+    "stamps-frames": "diffgap.data.stamps_frames:load_stamps_frames",
+    "sound-effects": "diffgap.data.sound_effects:load_sound_effects",
+}
 
 
 @dataclass(frozen=True)
@@ -27,12 +32,13 @@ class DataConfig:
     """Which embeddings to train and evaluate on."""
 
     path: str = "stamps"
-    """Folder of an embedding store, "stamps" for the bundled Tux Paint set, or "stamps-frames" for its recordings in
-    two languages, frame by frame, with their captions."""
-    split: Literal["concept", "folder"] = "concept"
-    """Bundled set only: concepts unseen in training, or whole folders of concepts unseen (harder)."""
+    """Folder of an embedding store, "stamps" for the bundled Tux Paint set, "stamps-frames" for its recordings in two
+    languages, frame by frame, with their captions, or "sound-effects" for the bundled sound effects and their names."""
+    split: Literal["concept", "folder", "source"] = "concept"
+    """Bundled sets only: concepts unseen in training, whole folders of concepts unseen (stamps; harder), or whole
+    packages of sounds unseen (sound-effects; harder)."""
     split_seed: int = 0
-    """Bundled set only: which of the thirty fixed splits, 0 to 29."""
+    """Bundled sets only: which of the thirty fixed splits, 0 to 29."""
     modalities: tuple[str, ...] = ()
     """Modalities to bridge; empty for all in the store."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 
 from diffgap.data.store import EmbeddingStore
 from diffgap.models.bridge import DiffGAP
-from diffgap.training.config import DataConfig, RunConfig
+from diffgap.training.config import BUNDLED, DataConfig, RunConfig
 
 
 def load_data(config: DataConfig) -> EmbeddingStore:
@@ -21,14 +22,9 @@ def load_data(config: DataConfig) -> EmbeddingStore:
         FileNotFoundError: No store at ``config.path``.
         ValueError: The store is damaged, or lacks one of ``config.modalities``.
     """
-    if config.path == "stamps":
-        from diffgap.data.stamps import load_stamps
-
-        store = load_stamps(split=config.split, seed=config.split_seed)
-    elif config.path == "stamps-frames":
-        from diffgap.data.stamps_frames import load_stamps_frames
-
-        store = load_stamps_frames(split=config.split, seed=config.split_seed)
+    if config.path in BUNDLED:
+        module, _, function = BUNDLED[config.path].partition(":")
+        store: EmbeddingStore = getattr(import_module(module), function)(split=config.split, seed=config.split_seed)
     else:
         store = EmbeddingStore.open(config.path)
     for name in config.modalities:
@@ -76,8 +72,8 @@ def bridge_embeddings(
 
     Args:
         run: Run folder, or a folder of :meth:`DiffGAP.save_pretrained`.
-        data: Store folder, "stamps", "stamps-frames", or a ``.npy`` file of shape (N, D) or (N, T, D); "" for the run's
-            own data.
+        data: Store folder, a bundled set ("stamps", "stamps-frames", "sound-effects"), or a ``.npy`` file of shape
+            (N, D) or (N, T, D); "" for the run's own data.
         split: Rows of a store: "train", "val", "test" or "all". A ``.npy`` file is always taken whole.
         frames: Frames to sample of a sequence modality; by default each sample has those of its source.
 

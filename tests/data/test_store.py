@@ -138,6 +138,15 @@ def test_select_and_split_are_views_in_order(store: EmbeddingStore, audio: torch
     assert view.rows("video").tolist() == [7, 6]
 
 
+def test_only_drops_modalities_and_keeps_rows(store: EmbeddingStore) -> None:
+    name = store.modalities[0]
+    view = store.only([name])
+    assert view.modalities == (name,) and view.index.equals(store.index)
+    assert torch.equal(view.embeddings(name, view.present(name)), store.embeddings(name, store.present(name)))
+    with pytest.raises(ValueError, match="modality 'smell' is not in the store"):
+        store.only([name, "smell"])
+
+
 def test_with_split(store: EmbeddingStore) -> None:
     parts = {f"g{i}": "test" if i == 2 else "train" for i in range(8)}
     assert store.with_split(parts).split("test").column("id").tolist() == ["r6", "r7", "r8"]
