@@ -1,4 +1,4 @@
-"""The command line: ``diffgap demo | train | eval | diagnose | ablate | sample | import | doctor``.
+"""The command line: ``diffgap demo | train | eval | diagnose | ablate | sample | import | index | search | doctor``.
 
 Exit status: 0 done; 1 the machine failed (disk full, out of memory ...); 2 bad input; 3 a check of
 ``diagnose --strict`` is bad; 130 interrupted. An error is one line on standard error that names what is wrong and how
@@ -23,6 +23,8 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from tyro.conf import Positional, arg
 
+from diffgap.commands.index import index
+from diffgap.commands.search import search
 from diffgap.models.settings import BridgeSettings
 from diffgap.training.config import DataConfig, RunConfig, TrainConfig
 
@@ -363,10 +365,10 @@ def demo(output: Path = Path("demo-run"), steps: int = 1200, bootstrap: int = 50
 def _requested_defaults(arguments: Sequence[str]) -> RunConfig:
     """The settings that ``--config`` and ``--preset`` ask for, which the other flags then change."""
     options: dict[str, str] = {}
-    for index, argument in enumerate(arguments):
+    for position, argument in enumerate(arguments):
         name, given, value = argument.partition("=")
         if name in ("--config", "--preset"):
-            options[name] = value if given else next(iter(arguments[index + 1 :]), "")
+            options[name] = value if given else next(iter(arguments[position + 1 :]), "")
             if not options[name]:
                 raise ValueError(f"{name} is given without a value; see diffgap train --help")
     if "--config" in options:
@@ -403,6 +405,8 @@ def _parse(arguments: Sequence[str]) -> Callable[[], None]:
         "ablate": ablate,
         "sample": sample,
         "import": import_embeddings,
+        "index": index,
+        "search": search,
         "doctor": doctor,
     }
     complaint = io.StringIO()

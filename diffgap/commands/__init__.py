@@ -1,0 +1,1 @@
+"""The commands of :mod:`diffgap.cli`, a module each: what a command takes, and what it prints."""
