@@ -43,8 +43,8 @@ def index(
         modality: What is searched: a modality of the store.
         run: Run folder whose bridge is used with the store.
         split: Rows of the store that are searched.
-        kind: "exact" reads every vector for every query. "ivf" and "hnsw" are faiss's (pip install faiss-cpu): faster
-            on large stores, and they miss some items; --check measures both.
+        kind: "exact" reads every vector for every query. "ivf" and "hnsw" are faiss's (pip install 'diffgap[search]'):
+            faster on large stores, and they miss some items; --check measures both.
         nlist: ivf: lists; 4 sqrt(items) by default.
         nprobe: ivf: lists that a query looks at; a sixteenth, and 32 or more, by default.
         m: hnsw: links of an item.

@@ -193,6 +193,7 @@ class _Handler(BaseHTTPRequestHandler):
             start, stop = self._range(size)
             headers = {
                 "Accept-Ranges": "bytes",
+                "Cache-Control": "private, max-age=600",  # an item stands in both columns
                 # An svg can hold a script; in a sandbox it has no origin and runs nothing.
                 "Content-Security-Policy": "sandbox; default-src 'none'; style-src 'unsafe-inline'; img-src data:",
             }

@@ -190,6 +190,6 @@ def _faiss() -> Any:
         import faiss
     except ModuleNotFoundError:
         raise ModuleNotFoundError(
-            "package faiss-cpu is not installed; run: pip install faiss-cpu, or use kind exact", name="faiss"
+            "package faiss-cpu is not installed; run: pip install 'diffgap[search]', or use kind exact", name="faiss"
         ) from None
     return faiss
