@@ -25,7 +25,7 @@ from diffgap.data.stamps_frames import (
     project_frames,
 )
 from diffgap.data.store import EmbeddingStore, write_store
-from diffgap.encoders.offline import WhisperSpeech
+from diffgap.encoders.offline import WhisperFrames
 
 PROJECTION = STAMPS_FOLDER / "frame_projection.npz"
 # R@5 of CCA of the means (validation, seeds 0-2) is 5 points below that of all 512 axes with 192 of them, and 11 with
@@ -41,12 +41,12 @@ def main() -> int:
     parser.add_argument("--refit", action="store_true", help="fit the projection anew")
     options = parser.parse_args()
     try:
-        media, whisper = find_media(options.media), WhisperSpeech()
+        media, whisper = find_media(options.media), WhisperFrames()
     except (ModuleNotFoundError, ValueError) as error:
         print(f"build_stamps_frames: {error}", file=sys.stderr)
         return 1
-    fingerprint = f"{whisper.frames_fingerprint}-mean{WINDOW}"
-    hear = Cache(lambda path: average_frames(whisper.frames(path)), fingerprint, options.work)
+    fingerprint = f"{whisper.fingerprint}-mean{WINDOW}"
+    hear = Cache(lambda path: average_frames(whisper.encode([path])[0][0]), fingerprint, options.work)
 
     stamps = EmbeddingStore.open(STAMPS_FOLDER)
     kept = stamps.select(np.flatnonzero(np.isin(stamps.column("language"), LANGUAGES)))

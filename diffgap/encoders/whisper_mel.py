@@ -1,48 +1,18 @@
-"""Speech input of Whisper (Radford et al., arXiv 2212.04356): 16 kHz waveforms and log-mel spectrograms."""
+"""What Whisper hears (Radford et al., arXiv 2212.04356): log-mel spectrograms of waveforms at 16 kHz."""
 
 from __future__ import annotations
 
-import os
 from functools import cache
-from math import gcd
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
-from diffgap.encoders._packages import require
-
-FloatArray = npt.NDArray[np.float32]
+from diffgap.encoders._input import FloatArray
 
 SAMPLE_RATE = 16_000
 HOP = 160
 _N_FFT = 400
 _N_MELS = 80
-
-
-def load_waveform(path: str | os.PathLike[str]) -> FloatArray:
-    """Decodes an audio file (ogg, wav, flac, mp3) to mono float32 (samples,) at 16 kHz.
-
-    Channels are averaged; the rate is changed by scipy's polyphase filter. Raises FileNotFoundError for a
-    missing file and ValueError for one that cannot be decoded or is empty.
-    """
-    require("soundfile", "soundfile")
-    import soundfile
-    from scipy.signal import resample_poly
-
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"audio file {path} does not exist")
-    try:
-        samples, rate = soundfile.read(path, dtype="float32", always_2d=True)
-    except soundfile.LibsndfileError as error:
-        raise ValueError(f"audio file {path} cannot be decoded: {error}") from error
-    if not len(samples):
-        raise ValueError(f"audio file {path} holds no samples; drop it")
-    mono = samples.mean(axis=1)
-    divisor = gcd(SAMPLE_RATE, rate)
-    if rate != SAMPLE_RATE:
-        mono = resample_poly(mono, SAMPLE_RATE // divisor, rate // divisor)
-    return np.asarray(mono, dtype=np.float32)
 
 
 def log_mel(waveform: FloatArray) -> FloatArray:
