@@ -1,4 +1,5 @@
-"""The command line: ``diffgap demo | train | eval | diagnose | ablate | sample | embed | import | doctor``.
+"""The command line: ``diffgap demo | train | eval | diagnose | ablate | sample | embed | import | index |
+search | doctor``.
 
 Exit status: 0 done; 1 the machine failed (disk full, out of memory ...); 2 bad input; 3 a check of
 ``diagnose --strict`` is bad; 130 interrupted. An error is one line on standard error that names what is wrong and how
@@ -23,7 +24,9 @@ from diffgap.commands.doctor import doctor
 from diffgap.commands.embed import embed
 from diffgap.commands.evaluate import evaluate
 from diffgap.commands.import_embeddings import import_embeddings
+from diffgap.commands.index import index
 from diffgap.commands.sample import sample
+from diffgap.commands.search import search
 from diffgap.commands.train import requested_defaults, train_command
 from diffgap.training.config import RunConfig
 
@@ -55,6 +58,8 @@ def _parse(arguments: Sequence[str]) -> Callable[[], None]:
         "sample": sample,
         "embed": embed,
         "import": import_embeddings,
+        "index": index,
+        "search": search,
         "doctor": doctor,
     }
     complaint = io.StringIO()

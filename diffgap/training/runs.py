@@ -90,7 +90,7 @@ def bridge_embeddings(
         if name not in model.modalities:
             raise ValueError(f"{role} {name!r} is unknown to the bridge in {run}; it has {', '.join(model.modalities)}")
     if data.endswith(".npy"):
-        inputs = _from_npy(Path(data), source)
+        inputs = read_npy(Path(data), source)
     else:
         named = replace(own_data, path=data, modalities=()) if data else own_data
         if not named.path:
@@ -118,7 +118,13 @@ def bridge_embeddings(
     return EmbeddingStore.from_arrays({target: samples.flatten(0, 1).float().cpu()}, index, lengths=lengths)
 
 
-def _from_npy(path: Path, modality: str) -> EmbeddingStore:
+def read_npy(path: Path, modality: str) -> EmbeddingStore:
+    """A .npy file of embeddings (N, D) or (N, T, D) as a store in memory.
+
+    Raises:
+        FileNotFoundError: No such file.
+        ValueError: Not an array of floats of these shapes, or embeddings that are not finite or all alike.
+    """
     if not path.is_file():
         raise FileNotFoundError(f"data file {path} does not exist")
     try:
