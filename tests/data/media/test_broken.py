@@ -90,8 +90,8 @@ def playlist(folder: Path) -> Source:
         for number in range(25):
             container.mux(stream.encode(av.VideoFrame.from_image(stripes(number))))
         container.mux(stream.encode(None))
-    lines = f"#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\n{(folder / 'secret.ts').as_uri()[7:]}\n#EXT-X-ENDLIST\n"
-    return file(folder, "a.mp4", lines.encode())
+    lines = f"#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\nfile:{folder / 'secret.ts'}\n#EXT-X-ENDLIST\n"
+    return file(folder, "a.m3u8", lines.encode())
 
 
 def drawing(body: str = "", side: int = 8, before: str = "") -> bytes:
