@@ -29,6 +29,8 @@ _MAX_RATE = 768_000
 #: Seconds by which the number of samples in a header may exceed those there; encoders count their padding differently.
 _SLACK = 0.1
 _LAST_PAGE = 4
+#: Where libsndfile (1.2.2) seeks inexactly: seen 192 samples off in an ogg, and not the same samples in an mp3.
+_INEXACT = ("OGG", "MP3")
 
 
 @dataclass(frozen=True)
@@ -37,9 +39,10 @@ class AudioReader:
 
     soundfile reads what libsndfile knows (wav, flac, ogg, mp3 ...), PyAV the rest (m4a, aac, webm, mp4, mkv ...); the
     content decides, not the name. Channels are averaged; the rate is changed by scipy's polyphase filter,
-    ``resample_poly`` with its Kaiser window of 5.0. Only the part ``start`` to ``stop`` of a source is decoded, from
-    the nearest place the container can seek to, and it is resampled as if the rest were not there; a ``stop`` beyond
-    the end is the end. Memory is that of the part, which ``max_seconds`` bounds while it is decoded.
+    ``resample_poly`` with its Kaiser window of 5.0. Of a part, ``start`` to ``stop`` of a source, no more than that is
+    kept, and it is resampled as if the rest were not there; a ``stop`` beyond the end is the end. Decoding begins at
+    the part where a format can be sought exactly (wav, flac, mp4, mkv, webm; the last two to the millisecond) and at
+    the beginning elsewhere (ogg, mp3). Memory is that of the part, which ``max_seconds`` bounds while it is decoded.
 
     Args:
         sample_rate: Samples a second of what comes out.
@@ -108,10 +111,10 @@ class AudioReader:
             raise MediaError("outside", f"{source}: the recording ends before that part")
         if not samples:
             raise MediaError("empty", f"{source} holds no samples")
-        if samples < self.min_seconds * rate:
-            raise MediaError("too short", f"{source} lasts {samples / rate:.3f} s, under {self.min_seconds:g} s")
         if not 1 <= rate <= _MAX_RATE:
             raise MediaError("undecodable", f"{source} says it has {rate} samples a second")
+        if samples < self.min_seconds * rate:
+            raise MediaError("too short", f"{source} lasts {samples / rate:.3f} s, under {self.min_seconds:g} s")
         return resample(np.concatenate(blocks), rate, self.sample_rate)
 
     def _windows(self, wave: FloatArray) -> FloatArray:
@@ -148,18 +151,18 @@ def _sound_blocks(file: BinaryIO, source: Source) -> Generator[tuple[int, FloatA
 
 def _libsndfile_blocks(sound: Any, file: BinaryIO, source: Source) -> Iterator[tuple[int, FloatArray]]:
     rate = sound.samplerate
-    at = min(round((source.start or 0.0) * rate), sound.frames)
+    start = min(round((source.start or 0.0) * rate), sound.frames)
     stop = None if source.stop is None else round(source.stop * rate)
-    if at:
-        sound.seek(at)
+    at = 0 if sound.format in _INEXACT else start
+    sound.seek(at)
     size = max(1, _BLOCK // sound.channels)
     while stop is None or at < stop:
         block = sound.read(size if stop is None else min(size, stop - at), dtype="float32", always_2d=True)
         if not len(block):
             break
-        at += len(block)
         with np.errstate(invalid="ignore", over="ignore"):
-            yield rate, block.mean(axis=1)
+            yield rate, block[max(start - at, 0) :].mean(axis=1)
+        at += len(block)
     whole = stop is not None and at >= stop
     if not whole and (at < sound.frames - _SLACK * rate or _is_cut_off(file)):
         raise MediaError("undecodable", f"{source} is cut off: it holds less than its header or its last page says")
