@@ -33,7 +33,7 @@ __all__ = ["LaionClapAudio", "LaionClapText"]
 
 INSTALL = (
     "pip install --no-deps laion-clap torchlibrosa && pip install torchvision 'transformers>=4.50' librosa h5py pandas "
-    "webdataset braceexpand wget ftfy regex tqdm  (without --no-deps, numpy falls below 2)"
+    "webdataset wget ftfy  (without --no-deps, numpy falls below 2)"
 )
 TOKENIZER_VARIABLE = "DIFFGAP_ROBERTA_TOKENIZER"
 _RATE = 48_000

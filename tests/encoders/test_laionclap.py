@@ -19,7 +19,7 @@ from diffgap.encoders import laionclap
 from diffgap.encoders.laionclap import TOKENIZER_VARIABLE, LaionClapAudio, LaionClapText
 from tests.encoders.checkpoints import assert_same, no_network, waveform, write_roberta_tokenizer, write_wav
 
-for needed in ("laion_clap", "torchlibrosa", "librosa", "h5py", "webdataset", "braceexpand", "wget", "torchvision"):
+for needed in ("laion_clap", "torchlibrosa", "librosa", "h5py", "pandas", "webdataset", "wget", "ftfy", "torchvision"):
     if importlib.util.find_spec(needed) is None:
         pytest.skip(f"{needed} is not installed", allow_module_level=True)
 
