@@ -168,9 +168,9 @@ def peak_mb(work: Callable[[], ItemList]) -> tuple[float, int]:
 @pytest.mark.parametrize(
     ("make", "count", "bound"),
     [
-        (csv_file, COUNT, 8),
-        (jsonl_file, COUNT, 8),
-        (parquet_file, COUNT, 8),
+        (csv_file, COUNT, 12),
+        (jsonl_file, COUNT, 12),
+        (parquet_file, COUNT, 12),
         (shard_file, COUNT // 10, 4),
         (flat_folder, COUNT, 14),
     ],
