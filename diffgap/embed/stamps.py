@@ -10,10 +10,10 @@ from typing import Any
 from diffgap.data.items.limit import FirstItems
 from diffgap.data.items.stamps import EXCLUDED, StampItems, bundled_parts, find_media, scan
 from diffgap.data.stamps import STAMPS_FOLDER, project_speech
+from diffgap.embed.parts import FloatArray
 from diffgap.embed.pipeline import embed_items
 from diffgap.embed.report import EmbedReport
 from diffgap.encoders import Encoder
-from diffgap.encoders.audio import FloatArray
 from diffgap.encoders.offline import EfficientNetImage, MiniLMText, WhisperSpeech
 
 __all__ = ["DTYPES", "StampsSpeech", "embed_stamps"]
