@@ -80,4 +80,6 @@ def index(
         said += f"; a bridged query weighs {meta.alpha:g}" + (", the best on validation data" if alpha is None else "")
     console.print(said, markup=False, soft_wrap=True)
     if check:
-        console.print(check_table(*check_index(SearchIndex.open(output))))
+        queries, found = check_index(SearchIndex.open(output))
+        console.print(f"searched for {queries}:", markup=False, soft_wrap=True)
+        console.print(check_table(found))

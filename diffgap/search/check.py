@@ -55,9 +55,9 @@ def check_index(index: SearchIndex, *, queries: int = 256, k: int = 10, seed: in
     return what, found
 
 
-def check_table(what: str, found: list[Measured], k: int = 10) -> Table:
+def check_table(found: list[Measured], k: int = 10) -> Table:
     """The measurements for a terminal."""
-    table = Table(title=f"{what}; {torch.get_num_threads()} threads", title_justify="left")
+    table = Table()
     for column in ("search", f"recall@{k}", "queries/s"):
         table.add_column(column, justify="left" if column == "search" else "right")
     for one in found:
