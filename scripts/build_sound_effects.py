@@ -23,14 +23,14 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from build_stamps import Cache, FloatArray, Rows
-from diffgap.encoders.aisfx import AisfxAudio
+from build_stamps import Cache, FloatArray
 from sound_effects_files import PACKAGES, Effect, Package, scan
 from stamps_splits import SHARES, LinkedSets, fill, near_pairs
 
 from diffgap.data.sound_effects import MODALITIES, NUM_SEEDS, SOUND_EFFECTS_FOLDER
 from diffgap.data.store import EmbeddingStore, write_store
 from diffgap.encoders import Encoder
+from diffgap.encoders.aisfx import AisfxAudio
 from diffgap.encoders.offline import EfficientNetImage, MiniLMText
 
 NEAR = 0.95  # cosine from which two rows count as the same recording or picture
@@ -50,6 +50,25 @@ def check_media(package: Package, effects: Sequence[Effect]) -> None:
             f"the {len(effects)} sound effects of {package.name} are not those of version {package.version} "
             f"(sha256 {digest.hexdigest()}); get that version, or enter the new one in scripts/sound_effects_files.py"
         )
+
+
+class Rows:
+    """Distinct embeddings of a modality, in the order they were first asked for."""
+
+    def __init__(self) -> None:
+        self._at: dict[str, int] = {}
+        self._rows: list[FloatArray] = []
+
+    def add(self, key: str, row: FloatArray) -> int:
+        """Row number of ``key``, appended if new."""
+        if key not in self._at:
+            self._at[key] = len(self._rows)
+            self._rows.append(row)
+        return self._at[key]
+
+    def stack(self) -> FloatArray:
+        """(R, D)"""
+        return np.stack(self._rows)
 
 
 def embed_all(

@@ -31,6 +31,7 @@ from diffgap.data.items.stamps import EXCLUDED, LANGUAGES, Stamp, find_media, sc
 from diffgap.data.stamps import NUM_SEEDS, STAMPS_FOLDER
 from diffgap.data.store import EmbeddingStore, write_store
 from diffgap.embed.stamps import embed_stamps
+from diffgap.encoders import Encoder
 from diffgap.encoders.offline import WhisperSpeech
 
 FloatArray = npt.NDArray[np.float32]
@@ -51,9 +52,9 @@ class Cache:
         self._folder.mkdir(parents=True, exist_ok=True)
 
     @classmethod
-    def of(cls, encoder: WhisperSpeech, folder: Path) -> Cache:
+    def of(cls, encoder: Encoder, folder: Path) -> Cache:
         """Of what the encoder makes of one file."""
-        return cls(lambda item: encoder.encode([item])[0], encoder.fingerprint, folder)
+        return cls(lambda item: np.asarray(encoder.encode([item])[0]), encoder.fingerprint, folder)
 
     def __call__(self, item: Path) -> FloatArray:
         """The embedding of a file."""

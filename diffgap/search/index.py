@@ -31,7 +31,6 @@ from torch import Tensor
 
 from diffgap._files import atomic_folder
 from diffgap.data.store import EmbeddingStore
-from diffgap.diagnose.checks import is_run
 from diffgap.models.bridge import DiffGAP
 from diffgap.models.scoring import Encoded
 from diffgap.retrieval.tasks import EncodedPair, directions, encode_pairs, rank
@@ -40,7 +39,7 @@ from diffgap.search.encode import QueryEncoders
 from diffgap.search.gallery import Gallery, run_fingerprint, store_fingerprint, unit_vectors
 from diffgap.search.vectors import FaissOptions, Kind, Vectors, check_kind, open_vectors, write_vectors
 from diffgap.training.config import BUNDLED, DataConfig, RunConfig
-from diffgap.training.runs import load_data, load_run
+from diffgap.training.runs import is_run, load_data, load_run
 
 _FORMAT_VERSION = "1"
 _FILES = {"meta.json", "rows.safetensors", "vectors.safetensors", "vectors.faiss"}
