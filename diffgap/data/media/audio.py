@@ -164,10 +164,21 @@ def _libsndfile_blocks(sound: Any, file: BinaryIO, source: Source) -> Iterator[t
             yield rate, block[max(start - at, 0) :].mean(axis=1)
         at += len(block)
     whole = stop is not None and at >= stop
-    # libsndfile estimates an mp3's length from the file's size, tags included.
-    short = sound.format != "MP3" and at < sound.frames - _SLACK * rate
+    short = at < sound.frames - _SLACK * rate and not (sound.format == "MP3" and _length_is_a_guess(file))
     if not whole and (short or _is_cut_off(file)):
         raise MediaError("undecodable", f"{source} is cut off: it holds less than its header or its last page says")
+
+
+def _length_is_a_guess(file: BinaryIO) -> bool:
+    """Whether an mp3 does not say how long it is: libsndfile then guesses by the file's size, tags included."""
+    file.seek(0)
+    head = file.read(10)
+    if head[:3] == b"ID3":  # its size is in the last four bytes, seven bits of each
+        file.seek(10 + sum(byte << shift for byte, shift in zip(head[6:10], (21, 14, 7, 0), strict=True)))
+    else:
+        file.seek(0)
+    first_frame = file.read(1024)
+    return b"Xing" not in first_frame and b"Info" not in first_frame
 
 
 def _is_cut_off(file: BinaryIO) -> bool:
