@@ -102,9 +102,8 @@ def make_items(folder: Path, count: int, per_group: int = 1, content: str = "sou
     for number in range(count):
         group = number // per_group
         file = folder / f"{group:05d}.bin"
-        if number % per_group == 0:
-            if not file.exists():  # another process may be reading what it wrote
-                file.write_text(f"{content} {group}")
+        if not file.exists():  # another process may be reading what it wrote
+            file.write_text(f"{content} {group}")
         text = f"caption {number}" if group % 3 else f"caption of every third {group % 2}"
         media = {"audio": Source(path=file), "text": Source(text=text)}
         split = ("train", "val", "test")[group % 3]
