@@ -90,12 +90,15 @@ def embed(
                     "no encoder is given; name one for each modality, as in --audio offline --text offline"
                 )
             from diffgap.data.items.listing import list_items
+            from diffgap.data.items.shown import ShownItems
             from diffgap.encoders.registry import build_encoder, check_spaces
 
-            items = list_items(
+            listed = list_items(
                 source, format=format, media=media, modalities=tuple(specs), columns=columns, whole=whole,
                 split=fractions, split_seed=split_seed,
             )  # fmt: skip
+            place = Path(source)
+            items = ShownItems(listed, media or (place if place.is_dir() else place.parent))
             encoders = {modality: build_encoder(modality, spec, _own(device)) for modality, spec in specs.items()}
             check_spaces(encoders)
             report = embed_items(
