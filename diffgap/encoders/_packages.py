@@ -20,10 +20,10 @@ def package_folder(module: str, distribution: str) -> Path:
     return Path(next(iter(spec.submodule_search_locations)))
 
 
-def require(module: str, distribution: str) -> None:
+def require(module: str, distribution: str, install: str = INSTALL) -> None:
     """Raises ModuleNotFoundError, with the command that installs it, when ``module`` cannot be imported."""
     if importlib.util.find_spec(module) is None:
-        raise ModuleNotFoundError(f"package {distribution} is not installed; run: {INSTALL}", name=module)
+        raise ModuleNotFoundError(f"package {distribution} is not installed; run: {install}", name=module)
 
 
 def read_pinned(parts: tuple[Path, ...], sha256: str, distribution: str) -> bytes:
