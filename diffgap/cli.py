@@ -27,13 +27,14 @@ from diffgap.models.settings import BridgeSettings
 from diffgap.training.config import DataConfig, RunConfig, TrainConfig
 
 if TYPE_CHECKING:
+    from diffgap.models.bridge import DiffGAP
     from diffgap.training.trainer import TrainResult
 
 Output: TypeAlias = Annotated[Positional[Path], arg(metavar="OUTPUT")]
 Run: TypeAlias = Annotated[Positional[Path], arg(metavar="RUN")]
 
 
-def _train(config: RunConfig, output: Path) -> TrainResult:
+def _train(config: RunConfig, output: Path) -> TrainResult[DiffGAP]:
     """Train with a progress bar that shows the loss and the last validation score."""
     from diffgap.diagnose import DiagnosticsCallback
     from diffgap.retrieval.evaluate import validation_scores
