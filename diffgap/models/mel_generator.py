@@ -49,6 +49,9 @@ class MelGeneratorConfig:
     """Coordinates of the condition, an embedding of the audio-side space."""
     bands: int = 64
     """Mel bands of a frame."""
+    mel: str = ""
+    """What the spectrograms are, :attr:`diffgap.generation.mel.MelSettings.description`, for whoever makes sound of
+    them."""
     patch_frames: int = 4
     """Frames of a patch; a sample's length is a multiple of it."""
     patch_bands: int = 64
@@ -163,6 +166,12 @@ class MelGenerator(nn.Module, PyTorchModelHubMixin, library_name="diffgap", lice
                 nn.init.zeros_(module.bias)
         for layer in (self.rows, self.head):
             nn.init.zeros_(layer.weight)
+
+    def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
+        """Parameters for an optimizer: matrices with ``weight_decay``, vectors without."""
+        matrices = [p for p in self.parameters() if p.ndim >= 2]
+        vectors = [p for p in self.parameters() if p.ndim < 2]
+        return [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
 
     @torch.no_grad()
     def fit(self, mel: Tensor, lengths: Tensor | None = None) -> None:

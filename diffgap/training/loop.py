@@ -124,8 +124,8 @@ class TrainingLoop(ABC, Generic[Model]):
         return cast(Model, module.eval())
 
     @abstractmethod
-    def batch(self, rows: Tensor, step: int) -> dict[str, Any]:
-        """Keyword arguments of the model for training rows; it also gets their ``seeds`` and returns its losses."""
+    def batch(self, rows: Tensor, seeds: Tensor, step: int) -> dict[str, Any]:
+        """What the model takes, besides ``seeds`` (B,), for training rows (B,), by keyword; it returns its losses."""
 
     @abstractmethod
     def score(self, model: Model) -> dict[str, float]:
@@ -249,7 +249,7 @@ class TrainingLoop(ABC, Generic[Model]):
         rows, seeds = (x.view(shape)[..., accelerator.process_index] for x in (rows, seeds))
         total: dict[str, Tensor] = {}
         for micro in range(train.gradient_accumulation):
-            batch = self.batch(rows[micro], step)
+            batch = self.batch(rows[micro], seeds[micro], step)
             last = micro + 1 == train.gradient_accumulation
             # Processes exchange gradients once a step.
             with nullcontext() if last else accelerator.no_sync(self.model):

@@ -65,7 +65,7 @@ class Trainer(TrainingLoop[DiffGAP]):
         self.head_steps = config.bridge.head_steps(config.train.steps)
         self.prepare(self.bridge)
 
-    def batch(self, rows: Tensor, step: int) -> dict[str, Any]:
+    def batch(self, rows: Tensor, seeds: Tensor, step: int) -> dict[str, Any]:
         return {**collate(self.train_rows, self.bridge, rows, self.accelerator.device), "step": step}
 
     def score(self, model: DiffGAP) -> dict[str, float]:
