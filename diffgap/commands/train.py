@@ -17,12 +17,13 @@ from diffgap.models.settings import BridgeSettings
 from diffgap.training.config import DataConfig, RunConfig, TrainConfig
 
 if TYPE_CHECKING:
+    from diffgap.models.bridge import DiffGAP
     from diffgap.training.trainer import TrainResult
 
 __all__ = ["requested_defaults", "run_training", "train_command"]
 
 
-def run_training(config: RunConfig, output: Path) -> TrainResult:
+def run_training(config: RunConfig, output: Path) -> TrainResult[DiffGAP]:
     """Train with a progress bar that shows the loss and the last validation score."""
     from diffgap.diagnose import DiagnosticsCallback
     from diffgap.retrieval.evaluate import validation_scores

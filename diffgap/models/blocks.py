@@ -9,7 +9,7 @@ next.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from diffgap.models.layers import Linear
 from diffgap.models.randomness import STREAM_BRANCHES, Dropout
-from diffgap.models.tokens import DenoiserConfig, sinusoidal_embedding
+from diffgap.models.tokens import sinusoidal_embedding
 from diffgap.ops.adaln import adaln
 from diffgap.ops.attention import attention
 from diffgap.ops.linear import swiglu
@@ -95,6 +95,22 @@ class Context(NamedTuple):
         return torch.cat([own, self.keys_values[:, self.room :].to(own.dtype)], 1)
 
 
+class BlockShape(Protocol):
+    """What a block needs to know of its network's configuration."""
+
+    @property
+    def width(self) -> int: ...
+
+    @property
+    def heads(self) -> int: ...
+
+    @property
+    def mlp_ratio(self) -> float: ...
+
+    @property
+    def dropout(self) -> float: ...
+
+
 class DiTBlock(nn.Module):
     """Attention and gated MLP, each behind an adaptive norm and a gate.
 
@@ -104,11 +120,11 @@ class DiTBlock(nn.Module):
     Source: Peebles & Xie 2023, arXiv 2212.09748.
 
     Args:
-        config: Shape.
+        config: Of the network.
         number: Of the block in its network: no two blocks drop out the same elements.
     """
 
-    def __init__(self, config: DenoiserConfig, number: int = 0) -> None:
+    def __init__(self, config: BlockShape, number: int = 0) -> None:
         super().__init__()
         self.split = (config.heads, config.width // config.heads)
         self.qkv = Linear(config.width, 3 * config.width)

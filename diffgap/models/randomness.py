@@ -12,6 +12,7 @@ gives the same losses whole, cut into micro-batches or spread over processes. Th
     4        0       the noise level (element 0), and whether the condition is hidden (element 1)
     5        head    dropout on a head's input
     6        branch  dropout on a branch of the denoiser
+    7        0       where a sound that is too long is cut
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 
 from diffgap.ops import normal
 
-STREAM_DIRECTION, STREAM_LEVEL, STREAM_HEADS, STREAM_BRANCHES = 3, 4, 5, 6
+STREAM_DIRECTION, STREAM_LEVEL, STREAM_HEADS, STREAM_BRANCHES, STREAM_CUT = 3, 4, 5, 6, 7
 
 #: 2**64 over the golden ratio, as a signed number: spreads what it multiplies over all 64 bits.
 _SPREAD = 0x9E3779B97F4A7C15 - 2**64

@@ -6,9 +6,10 @@ import dataclasses
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, cast, get_args, get_origin, get_type_hints
 
 import yaml
+from typing_extensions import Self
 
 from diffgap._files import atomic_file
 from diffgap.models.settings import BridgeSettings
@@ -109,13 +110,8 @@ class TrainConfig:
             )
 
 
-@dataclass(frozen=True)
-class RunConfig:
-    """Everything that decides the result of ``diffgap train``."""
-
-    data: DataConfig = field(default_factory=DataConfig)
-    bridge: BridgeSettings = field(default_factory=BridgeSettings)
-    train: TrainConfig = field(default_factory=TrainConfig)
+class YamlConfig:
+    """A dataclass of dataclasses of plain values that is kept as YAML."""
 
     def save(self, path: Path) -> None:
         """Write as YAML, whole or not at all."""
@@ -124,7 +120,7 @@ class RunConfig:
             temporary.write_text(text, encoding="utf-8")
 
     @classmethod
-    def load(cls, path: Path) -> RunConfig:
+    def load(cls, path: Path) -> Self:
         """Read YAML; fields left out keep their defaults.
 
         Raises:
@@ -140,25 +136,34 @@ class RunConfig:
         return cls.from_dict(content, str(path))
 
     @classmethod
-    def from_dict(cls, content: Any, where: str) -> RunConfig:
+    def from_dict(cls, content: Any, where: str) -> Self:
         """From nested mappings as YAML gives them; fields left out keep their defaults.
 
         Raises:
             ValueError: A field that does not exist, or a value of another type; the message begins with ``where``.
         """
-        config: RunConfig = _build(cls, content, where)
+        config: Self = _build(cls, content, where)
         return config
 
     def to_dict(self) -> dict[str, Any]:
         """Nested mappings of plain values, for YAML and JSON; the inverse of :meth:`from_dict`."""
         # YAML and JSON have no tuples.
-        plain: dict[str, Any] = _plain(dataclasses.asdict(self))
+        plain: dict[str, Any] = _plain(dataclasses.asdict(cast(Any, self)))
         return plain
 
-    def differences(self, other: RunConfig) -> list[str]:
+    def differences(self, other: Self) -> list[str]:
         """Dotted names of the fields in which two configurations differ, of those that change the result."""
-        mine, theirs = _leaves(dataclasses.asdict(self)), _leaves(dataclasses.asdict(other))
+        mine, theirs = _leaves(dataclasses.asdict(cast(Any, self))), _leaves(dataclasses.asdict(cast(Any, other)))
         return [name for name in mine if mine[name] != theirs.get(name) and name not in _WITHOUT_EFFECT]
+
+
+@dataclass(frozen=True)
+class RunConfig(YamlConfig):
+    """Everything that decides the result of ``diffgap train``."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    bridge: BridgeSettings = field(default_factory=BridgeSettings)
+    train: TrainConfig = field(default_factory=TrainConfig)
 
 
 def _plain(value: Any) -> Any:

@@ -54,6 +54,12 @@ def load_run(folder: Path) -> tuple[DiffGAP, RunConfig]:
     return DiffGAP.from_pretrained(folder / "model").eval(), RunConfig.load(folder / "config.yaml")
 
 
+def load_bridge(path: Path) -> DiffGAP:
+    """The bridge of a run folder, or of a folder of :meth:`DiffGAP.save_pretrained`; errors as :func:`load_run`."""
+    saved_alone = (path / "config.json").is_file()
+    return DiffGAP.from_pretrained(path).eval() if saved_alone else load_run(path)[0]
+
+
 def bridge_embeddings(
     run: Path,
     source: str,
@@ -81,11 +87,9 @@ def bridge_embeddings(
         A store in memory with one modality, ``target``; row ``i * num_samples + k`` is sample k of input i and keeps
         the input's group, caption and split.
     """
-    if (run / "config.json").is_file():  # a folder of save_pretrained
-        model, own_data = DiffGAP.from_pretrained(run), DataConfig(path="")
-    else:
-        model, config = load_run(run)
-        own_data = config.data
+    model = load_bridge(run)
+    saved_alone = (run / "config.json").is_file()
+    own_data = DataConfig(path="") if saved_alone else RunConfig.load(run / "config.yaml").data
     for role, name in (("source", source), ("target", target)):
         if name not in model.modalities:
             raise ValueError(f"{role} {name!r} is unknown to the bridge in {run}; it has {', '.join(model.modalities)}")

@@ -1,0 +1,1 @@
+"""From embeddings to sound: spectrograms, vocoders, the generator's training and use."""
