@@ -1,0 +1,1 @@
+"""From embeddings to sound, and how good the sound is."""
