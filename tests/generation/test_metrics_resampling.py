@@ -52,7 +52,7 @@ def test_covers_the_frechet_distance_at_this_count() -> None:
     for trial in range(120):
         a, b = rng.normal(size=(40, 3)) * 1.3 + 0.5, rng.normal(size=(60, 3))
         results.append(
-            half_sampled(lambda i, j, a=a, b=b: frechet_of_rows(a[i], b[j]), 40, 60, resamples=60, seed=trial)
+            half_sampled(lambda i, j, a=a, b=b: frechet_of_rows(a[i], b[j]), 40, 60, resamples=100, seed=trial)
         )
     estimates = [result.interval.estimate for result in results]
     assert 0.88 <= coverage([result.interval for result in results], float(np.mean(estimates))) <= 0.99
@@ -68,7 +68,7 @@ def test_covers_the_kernel_distance() -> None:
     for trial in range(120):
         a, b = rng.normal(size=(40, 3)) * 1.3 + 0.5, rng.normal(size=(60, 3))
         sums = KernelSums(a, b, 2.4)
-        results.append(half_sampled(lambda i, j, s=sums: s.distance((i, j)), 40, 60, resamples=60, seed=trial))
+        results.append(half_sampled(lambda i, j, s=sums: s.distance((i, j)), 40, 60, resamples=100, seed=trial))
     # E k of two Gaussians in closed form: difference N(shift, v) per coordinate, width s.
     s2 = 2.4**2
 
@@ -84,7 +84,7 @@ def test_covers_the_kernel_distance() -> None:
 def test_covers_the_inception_score_at_this_count() -> None:
     rng = np.random.default_rng(0)
     intervals = []
-    for trial in range(120):
+    for trial in range(80):
         logits = rng.normal(size=(60, 6)) * 2
         score = half_sampled(lambda i, x=logits: inception_score(x[i], splits=1).mean, 60, resamples=60, seed=trial)
         intervals.append(score.interval)

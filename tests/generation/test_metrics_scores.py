@@ -1,4 +1,4 @@
-"""Scores against the definitions of ``audioldm_eval`` written down anew, torchmetrics, and cases known in closed form."""
+"""Scores against the definitions of ``audioldm_eval`` written down anew, torchmetrics, and cases in closed form."""
 
 from __future__ import annotations
 

@@ -17,6 +17,7 @@ from diffgap.generation.metrics.clips import Audio, Broken, Clip, digest, list_c
 from diffgap.generation.metrics.conditions import Conditions
 from diffgap.generation.metrics.measures import MEASURES, Evidence, Result
 from diffgap.generation.metrics.report import AudioReport, Figure
+from diffgap.generation.metrics.resampling import check_options
 
 __all__ = ["evaluate_audio"]
 
@@ -67,6 +68,9 @@ def evaluate_audio(
             clips without ``skip_broken``, backbones of one name, conditions in another space.
         FileNotFoundError: a folder does not exist.
     """
+    check_options(confidence, resamples)
+    if splits < 1:
+        raise ValueError(f"splits must be at least 1; got {splits}")
     networks = list(backbones) if isinstance(backbones, Sequence) else [backbones]
     names = [network.name for network in networks]
     if not networks or len(set(names)) != len(names):
@@ -74,7 +78,7 @@ def evaluate_audio(
     sets = [list_clips("generated", generated, sample_rate)]
     if reference is not None:
         sets.append(list_clips("reference", reference, sample_rate))
-    plans, notes = _plan(networks, sets, conditions, metrics)
+    plans, notes = _plan(networks, sets, conditions, metrics, splits)
     store = FeatureCache(cache)
     described, broken = _describe(networks, sets, store, skip_broken)
     bad = [{one.name for one in broken if one.set == label} for label in _SETS]
@@ -90,7 +94,7 @@ def evaluate_audio(
     about = Evidence((), (), paired, splits=splits, confidence=confidence, resamples=resamples, seed=seed)
     figures: list[Figure] = []
     for network, found in zip(networks, described, strict=True):
-        evidence = _evidence(about, found, sets, conditions)
+        evidence = _evidence(about, network, found, sets, conditions)
         for metric in plans[network.name]:
             against = _digest_against(metric, sets, conditions)
             results = MEASURES[metric].compute(evidence)
@@ -101,7 +105,11 @@ def evaluate_audio(
 
 
 def _plan(
-    networks: list[Backbone], sets: list[list[Clip]], conditions: Conditions | None, metrics: Sequence[str] | None
+    networks: list[Backbone],
+    sets: list[list[Clip]],
+    conditions: Conditions | None,
+    metrics: Sequence[str] | None,
+    splits: int,
 ) -> tuple[dict[str, list[str]], tuple[str, ...]]:
     """The metrics of each backbone, and a note on each that nobody asked for and that cannot be had."""
     if isinstance(metrics, str):
@@ -122,7 +130,7 @@ def _plan(
     plans: dict[str, list[str]] = {}
     reasons: dict[str, dict[str, str]] = {}
     for metric in dict.fromkeys(metrics or MEASURES):
-        reasons[metric] = {network.name: _lacking(metric, network, sets, conditions) for network in networks}
+        reasons[metric] = {network.name: _lacking(metric, network, sets, conditions, splits) for network in networks}
         able = [network.name for network in networks if not reasons[metric][network.name]]
         if metrics is not None and not able:
             raise ValueError(f"{metric} cannot be computed: {'; '.join(dict.fromkeys(reasons[metric].values()))}")
@@ -139,10 +147,13 @@ def _plan(
     return {network.name: plans.get(network.name, []) for network in networks}, notes
 
 
-def _lacking(metric: str, network: Backbone, sets: list[list[Clip]], conditions: Conditions | None) -> str:
+def _lacking(metric: str, network: Backbone, sets: list[list[Clip]], conditions: Conditions | None, splits: int) -> str:
+    """Why ``network`` cannot give that metric; "" if it can."""
     measure = MEASURES[metric]
     if measure.output not in network.outputs:
         return f"backbone {network.name} gives no {measure.output}"
+    if metric == "inception_score" and len(sets[0]) < splits:
+        return f"{len(sets[0])} clips are fewer than the {splits} splits"
     if measure.against in ("reference", "pairs") and len(sets) < 2:
         return "there is no reference"
     if measure.against == "pairs" and (mismatch := _mismatch(sets)):
@@ -208,8 +219,14 @@ def _describe(
     return everything, list(broken.values())
 
 
-def _evidence(about: Evidence, found: _Found, sets: list[list[Clip]], conditions: Conditions | None) -> Evidence:
+def _evidence(
+    about: Evidence, network: Backbone, found: _Found, sets: list[list[Clip]], conditions: Conditions | None
+) -> Evidence:
     said = [[given[clip.name] for clip in clips] for given, clips in zip(found, sets, strict=True)]
+    for output in sorted(network.outputs):
+        widths = sorted({one[output].shape[-1] for clips in said for one in clips})
+        if len(widths) > 1:
+            raise ValueError(f"backbone {network.name} gave {output} of widths {', '.join(map(str, widths))}")
     first = said[0][0]
     features = [[np.asarray(one["features"], np.float64) for one in clips] for clips in said if "features" in first]
     logits = [np.stack([one["logits"] for one in clips]).astype(np.float64) for clips in said if "logits" in first]

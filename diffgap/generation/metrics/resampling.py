@@ -1,18 +1,20 @@
 """Intervals for metrics that are no means over clips.
 
 Drawing clips with replacement puts duplicates into the sets: a Frechet distance grows, an Inception score shrinks and
-the kernel distance gains pairs of equal rows. So halves are drawn, without replacement: the spread of a statistic over
-halves of N clips is its standard error at N (the delete-d jackknife with d = N / 2; Shao and Wu, Annals of Statistics
-17, 1989; Politis, Romano and Wolf, Subsampling, 1999),
+the kernel distance gains pairs of equal rows. So halves are drawn, without replacement: the spread of a statistic
+over halves of N clips is its standard error at N (the delete-d jackknife with d = N / 2; Shao and Wu, Annals of
+Statistics 17, 1989; Politis, Romano and Wolf, Subsampling, 1999),
 
     Var(T_{N/2} | data) ~ (2/N - 1/N) sigma^2 = Var(T_N),
 
-and the interval is ``[T - q_high, T - q_low]`` of the quantiles q of ``T_{N/2} - mean T_{N/2}``. It covers the metric's
-expected value *at this N*, which for a biased metric is not its value for unlimited clips. How far off that is, the
-halves say too: where the bias falls as 1/N, that of T_N is about ``mean T_{N/2} - T_N``, reported as ``bias``.
+and the interval is ``T + q``, q the quantiles of ``T_{N/2} - mean T_{N/2}``. (Not reflected to ``T - q``: these
+statistics spread wider where they are larger, and reflected intervals miss on one side, 0.89 instead of 0.955 for a
+kernel distance of 40 and 60 clips.) It covers the metric's expected value *at this N*, which for a biased metric is
+not its value for unlimited clips. How far off that is, the halves say too: where the bias falls as 1/N, that of T_N
+is about ``mean T_{N/2} - T_N``, reported as ``bias``.
 
-Where the distance of the two sets vanishes (a kernel distance of equal distributions) the interval is too wide, not too
-narrow.
+Where the distance of the two sets vanishes (a kernel distance of equal distributions) the interval is too wide, not
+too narrow.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ import numpy as np
 
 from diffgap.retrieval.bootstrap import Interval
 
-__all__ = ["HalfSampled", "Index", "half_sampled"]
+__all__ = ["HalfSampled", "Index", "check_options", "half_sampled"]
 
 Index = np.ndarray[tuple[int], np.dtype[np.int64]]
 
@@ -54,10 +56,7 @@ def half_sampled(
     Raises:
         ValueError: a set of fewer than 4 clips, paired sets of different sizes, options out of range.
     """
-    if not 0 < confidence < 1:
-        raise ValueError(f"confidence must lie between 0 and 1; got {confidence}")
-    if resamples < 2:
-        raise ValueError(f"resamples must be at least 2; got {resamples}")
+    check_options(confidence, resamples)
     if min(counts) < 4:
         raise ValueError(f"an interval needs at least 4 clips in each set; got {min(counts)}")
     if paired and len(set(counts)) > 1:
@@ -75,5 +74,13 @@ def half_sampled(
     tail = (1 - confidence) / 2
     low, high = np.quantile(halves - halves.mean(), [tail, 1 - tail])
     return HalfSampled(
-        Interval(estimate, float(estimate - high), float(estimate - low)), float(halves.mean() - estimate)
+        Interval(estimate, float(estimate + low), float(estimate + high)), float(halves.mean() - estimate)
     )
+
+
+def check_options(confidence: float, resamples: int) -> None:
+    """Raises ValueError for what no interval can be made with."""
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence must lie between 0 and 1; got {confidence}")
+    if resamples < 2:
+        raise ValueError(f"resamples must be at least 2; got {resamples}")
