@@ -95,6 +95,9 @@ class TestFrechet:
         assert frechet_distance(a, a[::-1]) == pytest.approx(0.0, abs=1e-10)
         assert frechet_distance(a, b) == pytest.approx(frechet_distance(b, a[::-1]), rel=1e-12)
 
+    def test_rounding_never_makes_it_negative(self) -> None:
+        assert min(frechet_distance(a, a[::-1]) for a in (rows(20, 5, seed=seed) for seed in range(40))) == 0.0
+
     def test_rotation_and_translation_change_nothing_and_scale_squares(self) -> None:
         a, b = rows(40, 6, shift=1.0), rows(30, 6, seed=1)
         turn = np.linalg.qr(rows(6, 6, seed=2))[0]

@@ -53,6 +53,8 @@ class TestFigures:
             assert figure.low < figure.high
             assert (figure.backbone, figure.sample_rate, figure.generated, figure.resamples) == ("toy", RATE, 12, 20)
             assert figure.against == (0 if figure.metric == "inception_score" else 12)
+        biased = {figure.metric for figure in report.figures if figure.bias is not None}
+        assert biased == {"inception_score", "frechet_distance"}
         assert report.notes == (
             "clap_score was not computed: there are no conditions.",
             "recall was not computed: there are no conditions.",

@@ -31,6 +31,26 @@ def test_draws_halves_without_repeats_and_pairs_together() -> None:
     assert all((a == b).all() for a, b in seen)
 
 
+def test_the_bias_is_no_part_of_the_interval() -> None:
+    interval, bias = half_sampled(lambda clips: float(len(clips)), 10, resamples=5)
+    assert interval == (10.0, 10.0, 10.0)
+    assert bias == -5.0
+
+
+def test_the_interval_leans_the_way_the_halves_do() -> None:
+    values = np.random.default_rng(0).lognormal(sigma=2.0, size=30)
+    halves: list[float] = []
+
+    def statistic(clips: np.ndarray) -> float:
+        halves.append(float(values[clips].max()))
+        return halves[-1]
+
+    interval, _ = half_sampled(statistic, 30, resamples=400, confidence=0.9)
+    low, high = np.quantile(halves[:-1], [0.05, 0.95]) - np.mean(halves[:-1])
+    assert interval == pytest.approx((values.max(), values.max() + low, values.max() + high))
+    assert -low > 2 * high
+
+
 def test_a_mean_has_its_standard_error() -> None:
     values = np.random.default_rng(0).normal(size=200) * 3
     interval, bias = half_sampled(lambda i: float(values[i].mean()), 200, resamples=2000)

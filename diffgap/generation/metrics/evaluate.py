@@ -53,13 +53,12 @@ def evaluate_audio(
         generated, reference: A folder (sound files at any depth), a list of files, or waveforms (samples,) by name.
         backbones: One or more; see :mod:`diffgap.generation.metrics.backbone`.
         conditions: A vector for each generated clip, for ``clap_score`` and ``recall``.
-        metrics: Of ``MEASURES``; by default all that the backbone's outputs and the given sets allow, and a note on
-        those
-            they do not.
+        metrics: Of ``MEASURES``; by default all that the backbone's outputs and the given sets allow, with a note on
+            those they do not.
         sample_rate: Of waveforms, in Hz.
         splits: Of the Inception score.
-        skip_broken: Evaluate what is left when clips are silent or cannot be read (a pair is left out as a whole); they
-            are listed in the report either way of asking, and by default refused.
+        skip_broken: Evaluate what is left when clips are silent or cannot be read, pairs being left out as a whole, and
+            list them in the report; by default they are an error that names them.
         cache: Folder for features from one call to the next, by content, fingerprint and preparation; None keeps none.
         confidence, resamples, seed: Of the intervals.
 
@@ -233,9 +232,9 @@ def _evidence(
     evidence = replace(about, features=features, logits=logits)
     if conditions is None:
         return evidence
-    names = sorted(conditions.vectors)
-    gallery = np.stack([np.asarray(conditions.vectors[name], np.float64) for name in names])
-    own = np.searchsorted(names, [clip.name for clip in sets[0]])
+    row = {name: number for number, name in enumerate(sorted(conditions.vectors))}
+    gallery = np.stack([np.asarray(conditions.vectors[name], np.float64) for name in row])
+    own = np.array([row[clip.name] for clip in sets[0]])
     return replace(evidence, conditions=gallery, own=own)
 
 

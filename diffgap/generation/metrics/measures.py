@@ -102,7 +102,7 @@ def _frechet_distance(evidence: Evidence) -> Iterator[Result]:
     details = _frames(evidence)
     smallest, width = min(sum(map(len, rows)) for rows in evidence.features), generated[0].shape[1]
     if smallest <= width:
-        details["covariance"] = f"singular, {smallest} rows of width {width}: the distance is far too large"
+        details["covariance"] = f"singular, {smallest} rows of width {width}: far too large, by more than the bias says"
 
     def distance(a: Index, b: Index) -> float:
         return frechet_of_rows(np.concatenate([generated[i] for i in a]), np.concatenate([reference[i] for i in b]))
