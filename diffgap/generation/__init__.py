@@ -1,1 +1,1 @@
-"""From embeddings to sound: spectrograms, vocoders, the generator's training and use."""
+"""From embeddings to sound: spectrograms, vocoders, the generator and its training, and how good the sound is."""
