@@ -90,7 +90,7 @@ def test_joint_directions_of_a_row_have_noise_of_their_own() -> None:
 
 def test_streams_are_different() -> None:
     streams = [value for name, value in vars(randomness).items() if name.startswith("STREAM_")]
-    assert len({*streams, STREAM_DRAW, STREAM_SOLVER, STREAM_SEEDS}) == len(streams) + 3 == 7
+    assert len({*streams, STREAM_DRAW, STREAM_SOLVER, STREAM_SEEDS}) == len(streams) + 3 == 8
 
 
 def test_no_two_dropouts_share_their_numbers() -> None:
