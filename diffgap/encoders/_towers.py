@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,7 +59,7 @@ class Prepared:
         return self.prepare(self.read(source))
 
 
-class Tower:
+class Tower(ABC):
     """One tower of a dual encoder. An item is one or more rows (the windows of a recording, the frames of a video).
 
     With e_i = v_i / |v_i| for the rows' own embeddings v_i, an item's embedding is m / |m|, m = mean of the e_i; or the
@@ -101,9 +102,9 @@ class Tower:
         """The rows of one item, at least one."""
         return item
 
+    @abstractmethod
     def _embed(self, rows: Sequence[Any]) -> torch.Tensor:
         """(n, D) embeddings of ``rows``, on any device; they need not be normalised."""
-        raise NotImplementedError
 
     def encode(self, batch: Sequence[Any]) -> Encoded:
         """Embeds what ``reader`` gives: (B, D) float32, or (B, T, D) with lengths (B,) for a sequence."""
@@ -134,9 +135,9 @@ class Tower:
 class TextTower(Tower):
     """A tower that takes texts; a row is a text's tokens. Texts of like length share a pass: little is padding."""
 
+    @abstractmethod
     def _tokens(self, texts: list[str]) -> Sequence[Sequence[int]]:
         """The token ids of each text, cut to the model's maximum, without padding."""
-        raise NotImplementedError
 
     def encode(self, batch: Sequence[str]) -> FloatArray:
         """Embeds texts, float32 (n, D). Raises TypeError for anything but a sequence of strings."""
