@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
-from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -25,6 +24,7 @@ from diffgap.diffusion.solvers import build_solver
 from diffgap.models.blocks import ROWS_PER_BLOCK, DiTBlock, Residual, TimestepEmbedding
 from diffgap.models.layers import Linear
 from diffgap.models.randomness import STREAM_LEVEL, draw_seeds, uniform
+from diffgap.models.saving import SavedModel
 from diffgap.models.tokens import sinusoidal_embedding
 from diffgap.ops import q_sample, sample_seeds
 from diffgap.ops.random import check_seed
@@ -52,6 +52,10 @@ class MelGeneratorConfig:
     mel: str = ""
     """What the spectrograms are, :attr:`diffgap.generation.mel.MelSettings.description`, for whoever makes sound of
     them."""
+    space: str = ""
+    """What the conditions are, :attr:`diffgap.generation.space.AudioSpace.fingerprint`, so that no others are given."""
+    typical_frames: int = 0
+    """Median length of the training spectrograms, drawn where no length is asked for; 0 if it is not known."""
     patch_frames: int = 4
     """Frames of a patch; a sample's length is a multiple of it."""
     patch_bands: int = 64
@@ -119,7 +123,7 @@ class MelGeneratorConfig:
         )
 
 
-class MelGenerator(nn.Module, PyTorchModelHubMixin, library_name="diffgap", license="apache-2.0"):
+class MelGenerator(nn.Module, SavedModel, library_name="diffgap", license="apache-2.0"):
     """Draws log-mel spectrograms for embeddings.
 
     Args:
