@@ -6,7 +6,8 @@ time, the condition c and the number of frames n. With t, noise and target as in
 
     L = E_{t, eps} w_t mean over the n frames of || target - f(alpha_t x + sigma_t eps, t, c, n) ||^2
 
-The condition is hidden with probability ``condition_dropout``, for classifier-free guidance (arXiv 2207.12598).
+c enters as sqrt(D) c, with coordinates of order 1, and is hidden with probability ``condition_dropout``, for
+classifier-free guidance (arXiv 2207.12598).
 Latents of an autoencoder (C, F, M) are spectrograms too, of C * M bands.
 """
 
@@ -252,7 +253,9 @@ class MelGenerator(nn.Module, SavedModel, library_name="diffgap", license="apach
 
     def _drive(self, condition: Tensor, lengths: Tensor, hidden: Tensor) -> Tensor:
         """What modulates besides the time, (B, width); the condition is left out where ``hidden`` (B,)."""
-        given = torch.where(hidden.unsqueeze(1), self.no_condition, self.condition(condition))
+        # Coordinates of a unit vector are of 1 / sqrt(D): beside the embedded time they would not be heard.
+        seen = self.condition(condition * self.config.condition_dim**0.5)
+        given = torch.where(hidden.unsqueeze(1), self.no_condition, seen)
         drive: Tensor = given + self.length(lengths)
         return drive
 
