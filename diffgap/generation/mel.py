@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -90,10 +91,12 @@ class MelSettings:
         require("librosa", "librosa", INSTALL)
         import librosa
 
-        mel = librosa.feature.melspectrogram(
-            y=np.asarray(wave, np.float32), n_fft=self.n_fft, hop_length=self.hop, power=1.0, pad_mode="constant",
-            **self._filters,
-        )  # fmt: skip
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "n_fft=.* is too large")  # a short sound is padded like any other
+            mel = librosa.feature.melspectrogram(
+                y=np.asarray(wave, np.float32), n_fft=self.n_fft, hop_length=self.hop, power=1.0, pad_mode="constant",
+                **self._filters,
+            )  # fmt: skip
         return np.log(np.maximum(mel.T, self.floor)).astype(np.float32)
 
     @property
