@@ -98,7 +98,7 @@ def make_set(
             if vectors is not None:
                 (folder / "conditions").mkdir(exist_ok=True)
                 np.save(folder / "conditions" / f"{system}.npy", vectors[:, 0].cpu().numpy())
-            waves = _waves(system, generator, store, mel, vectors, seconds, options)
+            waves = _waves(system, generator, store, mel, vectors, items, options)
             for item, wave in zip(items, waves, strict=True):
                 write_sound(made.path(system, item), wave, generator.sample_rate)
         made.write()
@@ -172,9 +172,10 @@ def _waves(
     store: EmbeddingStore,
     mel: str,
     vectors: Tensor | None,
-    seconds: Sequence[float],
+    items: Sequence[GeneratedItem],
     options: SetOptions,
 ) -> list[FloatArray]:
+    seconds = [item.seconds for item in items]
     if system == REFERENCE:
         assert options.media is not None
         reader = AudioReader(generator.sample_rate)
@@ -188,7 +189,9 @@ def _waves(
             generator.sound(store.embeddings(mel, [row])[0, : int(lengths[row])].numpy(), length)
             for row, length in enumerate(seconds)
         ]
+    said = [item.caption for item in items] if options.source == "text" and system != "none" else None
     drawn = generate(
-        generator, vectors, seconds, steps=options.steps, guidance_scale=options.guidance_scale, seed=options.seed
-    )
+        generator, vectors, seconds, steps=options.steps, guidance_scale=options.guidance_scale, seed=options.seed,
+        captions=said,
+    )  # fmt: skip
     return [samples[0] for samples in drawn]

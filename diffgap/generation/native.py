@@ -56,8 +56,9 @@ class NativeGenerator:
         steps: int | None = None,
         guidance_scale: float | None = None,
         seed: int | Sequence[int] = 0,
+        captions: Sequence[str] | None = None,
     ) -> list[list[FloatArray]]:
-        """See :meth:`diffgap.generation.generator.Generator.generate`."""
+        """See :meth:`diffgap.generation.generator.Generator.generate`; captions are not read."""
         drawn = self.spectrograms(
             conditions, seconds, num_samples=num_samples, steps=steps, guidance_scale=guidance_scale, seed=seed
         )

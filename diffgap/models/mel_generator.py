@@ -80,8 +80,8 @@ class MelGeneratorConfig:
     prediction: Prediction = "v_prediction"
     """What the network predicts."""
     min_snr_gamma: float = 0.0
-    """Gamma of the min-SNR weight of a noise level (arXiv 2303.09556); 0 weighs all levels alike. Min-SNR leaves next to
-    no weight to the noisiest levels, which are where the condition decides what a sound becomes."""
+    """Gamma of the min-SNR weight of a noise level (arXiv 2303.09556); 0 weighs all levels alike. Min-SNR leaves next
+    to no weight to the noisiest levels, which are where the condition decides what a sound becomes."""
     solver: str = "dpmpp"
     """Solver of :func:`diffgap.diffusion.build_solver`."""
     sampling_steps: int = 25
