@@ -27,6 +27,7 @@ def generate(
     steps: int | None = None,
     guidance_scale: float | None = None,
     vocoder: str = "griffin-lim",
+    autoencoder: str = "",
     device: str = "cpu",
     seed: int = 0,
     overwrite: bool = False,
@@ -55,6 +56,7 @@ def generate(
         steps: Sampling steps; the generator's own by default.
         guidance_scale: Guidance, 1 is none; the generator's own by default.
         vocoder: griffin-lim, hifigan:FOLDER or vocos:FOLDER.
+        autoencoder: Folder of the autoencoder, for a generator of latents.
         device: Where the generator runs.
         seed: Of the noise.
         overwrite: Replace existing files.
@@ -81,7 +83,7 @@ def generate(
     for file in files:
         check_sound_file(file, overwrite=overwrite)
     space = build_space(generator, bridge)
-    made = build_generator(generator, vocoder=vocoder, device=device)
+    made = build_generator(generator, vocoder=vocoder, autoencoder=autoencoder, device=device)
     vectors = None
     if asked:
         modality, source = asked[0]

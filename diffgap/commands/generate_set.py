@@ -30,6 +30,7 @@ def generate_set(
     steps: int | None = None,
     guidance_scale: float | None = None,
     vocoder: str = "griffin-lim",
+    autoencoder: str = "",
     device: str = "cpu",
     seed: int = 0,
     overwrite: bool = False,
@@ -56,6 +57,7 @@ def generate_set(
         steps: Sampling steps; the generator's own by default.
         guidance_scale: Guidance, 1 is none; the generator's own by default.
         vocoder: griffin-lim, hifigan:FOLDER or vocos:FOLDER.
+        autoencoder: Folder of the autoencoder, for a generator of latents.
         device: Where the generator runs.
         seed: Of the noise, and of the rows that are drawn.
         overwrite: Replace an existing set.
@@ -75,7 +77,7 @@ def generate_set(
     store = store if split == "all" else store.split(split)
     known = store.encoder("audio") if "audio" in store.modalities else ""
     space = build_space(generator, bridge, known)
-    made = build_generator(generator, vocoder=vocoder, device=device)
+    made = build_generator(generator, vocoder=vocoder, autoencoder=autoencoder, device=device)
     made.check(space)
     check_clap(made, space, clap)
     options = SetOptions(source, systems, label, limit, seconds, media, steps, guidance_scale, seed)

@@ -21,13 +21,16 @@ def _pretrained(spec: str) -> tuple[str, str] | None:
     return (kind, path or PRETRAINED[kind]) if kind in PRETRAINED else None
 
 
-def build_generator(spec: str, *, vocoder: str = "griffin-lim", device: str = "cpu") -> Generator:
+def build_generator(
+    spec: str, *, vocoder: str = "griffin-lim", autoencoder: str = "", device: str = "cpu"
+) -> Generator:
     """The generator that ``spec`` names.
 
     Args:
         spec: Run folder of ``diffgap train-generator``; or "audioldm", "musicldm", "audioldm2", with a folder or a hub
             name behind a colon.
         vocoder: See :func:`load_vocoder`; a generator of diffusers has its own.
+        autoencoder: Folder of the autoencoder of a generator of latents.
         device: Where it runs.
 
     Raises:
@@ -36,11 +39,13 @@ def build_generator(spec: str, *, vocoder: str = "griffin-lim", device: str = "c
     """
     found = _pretrained(spec)
     if found is None:
-        return load_generator(Path(spec), vocoder=vocoder, device=device)
+        return load_generator(Path(spec), vocoder=vocoder, autoencoder=autoencoder, device=device)
     from diffgap.generation.pretrained import load_pretrained
 
-    if vocoder != "griffin-lim":
-        raise ValueError(f"vocoder is {vocoder!r}, but {found[0]} has a vocoder of its own; leave it out")
+    if vocoder != "griffin-lim" or autoencoder:
+        raise ValueError(
+            f"{found[0]} has a vocoder and an autoencoder of its own; leave --vocoder and --autoencoder out"
+        )
     return load_pretrained(*found, device=device)
 
 

@@ -44,6 +44,8 @@ class MelSettings:
     """Magnitudes below it count as it."""
 
     def __post_init__(self) -> None:
+        for name in ("low", "high", "floor"):  # 4000 and 4000.0 are the same settings, and have one description
+            object.__setattr__(self, name, float(getattr(self, name)))
         for name in ("sample_rate", "n_fft", "hop", "bands"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; use 1 or more")
@@ -67,6 +69,10 @@ class MelSettings:
     def frames(self, seconds: float) -> int:
         """Frames of a recording of that many seconds."""
         return 1 + int(seconds * self.sample_rate) // self.hop
+
+    def seconds(self, frames: int) -> float:
+        """Length of what has that many frames, the last of them centred on its end."""
+        return (frames - 1) * self.hop / self.sample_rate
 
     @property
     def description(self) -> str:
