@@ -19,15 +19,15 @@ from diffgap.retrieval.bootstrap import Interval
 __all__ = ["as_json", "markdown", "summary", "tables", "write_scores"]
 
 AB_NOTE = (
-    "Share: of the answers, for the first system of a row; a tie counts half. Interval: 95 %, the wider ends of "
-    "Wilson's and of the bootstrap over participants and items. p: exact two-sided sign test without ties; that of "
+    "Share: of the answers, for the first of the two systems; a tie counts half. Interval: 95 %, the wider ends of "
+    "Wilson's and of the bootstrap over participants and items. p: exact two-sided sign tests without ties; that of "
     "answers holds only if answers of one listener are independent. A chosen: the share for the sound called A, of "
     "either system; 50 % if order does not matter."
 )
 MUSHRA_NOTE = (
     "Scores from 0 to 100. Interval: 95 %, bootstrap over participants and items. Differences: by the same listener "
-    "for the same item. p: exact two-sided sign test without ties, not adjusted for the number of comparisons; that of "
-    "answers holds only if answers of one listener are independent."
+    "for the same item. p: exact two-sided sign tests without ties, not adjusted for the number of comparisons; that "
+    "of answers holds only if answers of one listener are independent."
 )
 
 
@@ -94,28 +94,25 @@ def write_scores(scores: Scores, folder: Path) -> None:
 
 
 def _grids(scores: Scores) -> Iterator[_Grid]:
-    p = ("p (answers)", "p (participants)", "p (items)")
     if scores.method == "ab":
-        rows = [
+        second, first = scores.preferences[0].systems[::-1]
+        preferences = [
             (
-                one.question, f"{one.systems[1]} over {one.systems[0]}", _share(one.share),
-                f"{one.answers.above} : {one.answers.below}", str(one.answers.ties),
-                *_p(one.answers, one.participants, one.items), f"{one.first_side:.0%}",
+                one.question, _share(one.share), f"{one.answers.above} : {one.answers.below}", str(one.answers.ties),
+                f"{one.first_side:.0%}",
             )
             for one in scores.preferences
         ]  # fmt: skip
-        yield _Grid("Preferences", ("question", "systems", "share", "for : against", "ties", *p, "A chosen"), rows)
+        head = ("question", "share", "for : against", "ties", "A chosen")
+        yield _Grid(f"Preferences for {second} over {first}", head, preferences)
+        tests = [(one.question, _p(one.answers, one.participants, one.items)) for one in scores.preferences]
     else:
         ratings = [(one.system, _points(one.mean), f"{one.median:.1f}") for one in scores.ratings]
         yield _Grid("Scores", ("system", "mean", "median"), ratings)
-        rows = [
-            (
-                f"{one.systems[0]} - {one.systems[1]}", _points(one.difference),
-                *_p(one.answers, one.participants, one.items),
-            )
-            for one in scores.comparisons
-        ]  # fmt: skip
-        yield _Grid("Differences", ("systems", "points", *p), rows)
+        differences = [(" - ".join(one.systems), _points(one.difference)) for one in scores.comparisons]
+        yield _Grid("Differences", ("systems", "points"), differences)
+        tests = [(" - ".join(one.systems), _p(one.answers, one.participants, one.items)) for one in scores.comparisons]
+    yield _Grid("Sign tests", ("p of all", "answers", "participants", "items"), [(name, *p) for name, p in tests])
     form = "{:.0%}" if scores.method == "ab" else "{:.1f}"
     listeners = [
         (
