@@ -159,7 +159,7 @@ function soundButton(id) {
 
 function sliderRow(id) {
   const slider = make("input", { type: "range", min: 0, max: 100, value: 50, "data-score": id, "aria-label": `Score of ${named(id)}` });
-  const row = make("div", { class: "row" }, soundButton(id), slider, make("output", {}), make("span", {}), scale());
+  const row = make("div", { class: "row" }, soundButton(id), slider, make("output", {}), scale());
   slider.addEventListener("input", () => {
     state.current.answers[id] = Number(slider.value);
     refresh();

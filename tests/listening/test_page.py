@@ -298,11 +298,11 @@ def test_every_control_has_a_name_and_a_focus_ring(opened: Open, mushra: Path) -
     )
     assert page.evaluate(f"{unnamed}.length") == 0
     reached = []
-    for _ in range(14):
+    for _ in range(13):
         page.keyboard.press("Tab")
         reached.append(page.evaluate('document.activeElement.outerHTML.match(/data-\\w+|id="\\w+|summary/)[0]'))
         assert page.evaluate("getComputedStyle(document.activeElement).outlineStyle") == "solid"
-    assert reached == ["data-sound", *["data-sound", "data-score"] * 5, 'id="next', "summary", reached[-1]]
+    assert reached == ["data-sound", *["data-sound", "data-score"] * 5, 'id="next', "summary"]
 
 
 def test_another_listener(opened: Open, mushra: Path) -> None:
