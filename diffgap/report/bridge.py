@@ -13,8 +13,8 @@ from torch import Tensor
 from diffgap.data.store import EmbeddingStore
 from diffgap.diagnose.observe import Samples, draw, pairs
 from diffgap.models.bridge import DiffGAP
-from diffgap.report.charts import SERIES, chart
-from diffgap.report.html import Html, Section, figure, grid, joined, paragraph, table
+from diffgap.report.charts import INK, SERIES, chart
+from diffgap.report.html import Html, Section, element, figure, grid, joined, paragraph, table
 from diffgap.retrieval.diagnostics import ModalityGap, modality_gap
 from diffgap.retrieval.report import gap_table
 
@@ -54,7 +54,6 @@ def gap(observed: dict[str, Samples], split: str, *, seed: int) -> Section:
         return Section("gap", "The gap", _nothing(split))
     gaps = {name: _gaps(samples, seed) for name, samples in observed.items()}
     counts = "; ".join(f"{name} {before.pairs}" for name, (before, _) in gaps.items())
-    figures = [panel for name, samples in observed.items() for panel in _scatter(name, samples, gaps[name])]
     parts = [
         paragraph(
             f"Pairs of the {split} split, one a group, in the contrastive space, before and after the queries are "
@@ -65,8 +64,9 @@ def gap(observed: dict[str, Samples], split: str, *, seed: int) -> Section:
             "Below, each direction on the two principal axes of its queries, its bridged queries and its gallery "
             f"together. A line joins a query to its partner; at most {_JOINED} pairs are drawn."
         ),
-        grid(*figures),
     ]
+    for name, samples in observed.items():
+        parts += [element("h3", name), element("div", *_scatter(name, samples, gaps[name]), class_="grid two")]
     return Section("gap", "The gap", joined(parts))
 
 
@@ -77,9 +77,10 @@ def trajectories(observed: dict[str, Samples], split: str, solver: str) -> Secti
     figures = [figure(_trajectory(name, samples), _told(name, samples)) for name, samples in observed.items()]
     parts = [
         paragraph(
-            f"Cosine of the denoised estimate with the true partner after each step of {solver}, {_SAMPLES} samples of "
-            f"each pair of the {split} split: mean over pairs, and the band that holds eight pairs of ten. A sample is "
-            "one plausible partner, the bridged embedding the mean of them, which is nearer to the true one."
+            f"Cosine with the true partner after each step of {solver}: of the sample with what noise is left in it, "
+            f"and of the estimate of where it will end. Mean over the pairs of the {split} split, {_SAMPLES} samples "
+            "each; the band holds eight pairs of ten. A sample is one plausible partner; the bridged embedding is the "
+            "mean that retrieval uses, so a perfect sample ends below it."
         ),
         grid(*figures),
     ]
@@ -122,7 +123,8 @@ def _scatter(name: str, samples: Samples, gaps: tuple[ModalityGap, ModalityGap])
             axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
 
         drawn = chart(draw_pairs, f"{what} and {gallery} on two principal axes, {name}", height=3.2)
-        yield figure(drawn, f"{name}: {what}. Mean cosine with the partner {found.paired_cosine:.3f}.")
+        when = "Before" if found is gaps[0] else "After"
+        yield figure(drawn, f"{when}: mean cosine of {what} with its partner {found.paired_cosine:.3f}.")
 
 
 def _principal_axes(points: Tensor) -> tuple[Tensor, Tensor]:
@@ -147,21 +149,22 @@ def _trajectory(name: str, samples: Samples) -> Html:
     def draw_steps(axis: Any) -> None:
         steps = range(1, len(means) + 1)
         axis.fill_between(steps, low, high, color=SERIES[0], alpha=0.25, lw=0)
-        axis.plot(steps, means, color=SERIES[0], marker="o", ms=3, label="sample")
-        axis.axhline(after, color=SERIES[1], lw=1.2, ls="--", label="bridged")
-        axis.axhline(before, color=SERIES[2], lw=1.2, ls=":", label="as they are")
+        axis.plot(steps, means, color=SERIES[0], marker="o", ms=3, label="estimate")
+        axis.plot(steps, samples.noisy_cosines.mean(1), color=SERIES[1], marker="s", ms=3, label="sample")
+        axis.axhline(after, color=SERIES[2], lw=1.2, ls="--", label="bridged")
+        axis.axhline(before, color=INK, lw=1.2, ls=":", label="as they are")
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.set_xlabel("sampling step")
         axis.set_ylabel("cosine with the true partner")
-        axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3)
+        axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=4, columnspacing=1.2, handlelength=1.6)
 
     return chart(draw_steps, f"Cosine of samples with their true partner by step, {name}", height=3.0)
 
 
 def _told(name: str, samples: Samples) -> str:
-    first, last = (float(samples.cosines[step].mean()) for step in (0, -1))
+    first, last = (float(samples.noisy_cosines[step].mean()) for step in (0, -1))
     before, after = _paired(samples)
     return (
-        f"{name}, {len(samples.target)} pairs: {first:.3f} after the first of {len(samples.cosines)} steps, {last:.3f} "
-        f"after the last; bridged {after:.3f}, as they are {before:.3f}."
+        f"{name}, {len(samples.target)} pairs: the sample {first:.3f} after the first of {len(samples.cosines)} steps, "
+        f"{last:.3f} after the last; bridged {after:.3f}, as they are {before:.3f}."
     )

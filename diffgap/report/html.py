@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import re
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -52,10 +53,17 @@ def table(caption: str, headings: Sequence[str], rows: Iterable[Sequence[str]]) 
     """A table that scrolls by itself where it is too wide; the first cell of a row is its heading."""
     head = element("tr", *(element("th", heading, scope="col") for heading in headings))
     body = (
-        element("tr", element("th", row[0], scope="row"), *(element("td", cell) for cell in row[1:])) for row in rows
+        element("tr", element("th", row[0], scope="row"), *(element("td", _cell(cell)) for cell in row[1:]))
+        for row in rows
     )
     content = element("table", element("caption", caption), element("thead", head), element("tbody", *body))
     return element("div", content, class_="scroll", tabindex="0", role="region", aria_label=caption)
+
+
+def _cell(text: str) -> Html:
+    """Intervals, "[low, high]", are set smaller and stay on one line."""
+    parts = re.split(r"(\[[^\]]*\])", text)
+    return joined(element("span", part, class_="interval") if odd % 2 else part for odd, part in enumerate(parts))
 
 
 def figure(content: Html, caption: str) -> Html:

@@ -14,7 +14,7 @@ import yaml
 
 from diffgap._version import __version__
 from diffgap.generation.trainer import GeneratorRunConfig
-from diffgap.report.html import Section, details, joined, table
+from diffgap.report.html import Section, details, joined, paragraph, table
 from diffgap.training.config import RunConfig, YamlConfig
 from diffgap.training.runs import is_run
 
@@ -60,7 +60,9 @@ def overview(run: Path, config: RunConfig | GeneratorRunConfig) -> Section:
     everything = ([name, _text(value)] for name, value, _ in _settings(config))
     body = [
         table("The run", ["", ""], facts.items()),
-        table("Settings other than the defaults", ["setting", "value", "default"], changed),
+        table("Settings other than the defaults", ["setting", "value", "default"], changed)
+        if changed
+        else paragraph("All settings are the defaults."),
         details("All settings", table("All settings", ["setting", "value"], everything)),
     ]
     return Section("run", "The run", joined(body))
