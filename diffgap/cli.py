@@ -1,5 +1,5 @@
 """The command line: ``diffgap demo | train | eval | diagnose | ablate | sample | embed | import | index |
-search | doctor``.
+search | metrics | doctor``.
 
 Exit status: 0 done; 1 the machine failed (disk full, out of memory ...); 2 bad input; 3 a check of
 ``diagnose --strict`` is bad; 130 interrupted. An error is one line on standard error that names what is wrong and how
@@ -25,6 +25,7 @@ from diffgap.commands.embed import embed
 from diffgap.commands.evaluate import evaluate
 from diffgap.commands.import_embeddings import import_embeddings
 from diffgap.commands.index import index
+from diffgap.commands.metrics import metrics
 from diffgap.commands.sample import sample
 from diffgap.commands.search import search
 from diffgap.commands.train import requested_defaults, train_command
@@ -60,6 +61,7 @@ def _parse(arguments: Sequence[str]) -> Callable[[], None]:
         "import": import_embeddings,
         "index": index,
         "search": search,
+        "metrics": metrics,
         "doctor": doctor,
     }
     complaint = io.StringIO()
