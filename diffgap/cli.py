@@ -1,5 +1,5 @@
 """The command line: ``diffgap demo | train | eval | diagnose | ablate | sample | embed | import | index | search |
-train-generator | generate | generate-set | report | listen | doctor``.
+train-generator | generate | generate-set | metrics | report | listen | doctor``.
 train-generator | generate | generate-set | report | doctor``.
 
 Exit status: 0 done; 1 the machine failed (disk full, out of memory ...); 2 bad input; 3 a check of
@@ -29,6 +29,7 @@ from diffgap.commands.generate_set import generate_set
 from diffgap.commands.import_embeddings import import_embeddings
 from diffgap.commands.index import index
 from diffgap.commands.listen import listen
+from diffgap.commands.metrics import metrics
 from diffgap.commands.report import report
 from diffgap.commands.sample import sample
 from diffgap.commands.search import search
@@ -74,6 +75,7 @@ def _parse(arguments: Sequence[str]) -> Callable[[], None]:
         "generate": generate,
         "generate-set": generate_set,
         "listen": listen,
+        "metrics": metrics,
         "doctor": doctor,
     }
     complaint = io.StringIO()
