@@ -21,6 +21,9 @@ __all__ = ["NativeGenerator", "bridge_of", "data_of", "load_generator"]
 
 FloatArray = npt.NDArray[np.float32]
 
+_TOGETHER = 32
+"""Sounds drawn at a time."""
+
 
 class NativeGenerator:
     """The :class:`~diffgap.generation.generator.Generator` of a :class:`MelGenerator` and a vocoder.
@@ -99,14 +102,16 @@ class NativeGenerator:
         rows = [sample_seeds(num_samples, torch.Generator().manual_seed(one)) for one in by_row]
         seeds = torch.stack(rows) if rows else torch.zeros(0, num_samples, dtype=torch.int64)
         device = self.model.mean.device
-        mels = self.model.sample(
-            None if conditions is None else conditions.to(device), lengths, num_samples=num_samples, steps=steps,
-            guidance_scale=guidance_scale, seeds=seeds.to(device),
-        )  # fmt: skip
-        return [
-            [self.spectrogram(mel[:length].cpu().numpy(), one) for mel in drawn]
-            for drawn, length, one in zip(mels, lengths, seconds, strict=True)
-        ]
+        found: list[list[FloatArray]] = [[] for _ in seconds]
+        # Like lengths together: a batch is as long as its longest.
+        for part in lengths.argsort(stable=True).split(max(1, _TOGETHER // num_samples)):
+            mels = self.model.sample(
+                None if conditions is None else conditions[part.to(conditions.device)].to(device), lengths[part],
+                num_samples=num_samples, steps=steps, guidance_scale=guidance_scale, seeds=seeds[part].to(device),
+            )  # fmt: skip
+            for row, drawn in zip(part.tolist(), mels.cpu().numpy(), strict=True):
+                found[row] = [self.spectrogram(mel[: int(lengths[row])], seconds[row]) for mel in drawn]
+        return found
 
     def spectrogram(self, drawn: FloatArray, seconds: float) -> FloatArray:
         """The log-mel spectrogram (frames, bands) behind what the generator draws."""
