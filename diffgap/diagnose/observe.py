@@ -119,7 +119,9 @@ def draw(bridge: DiffGAP, source: Side, target: Side, *, num_samples: int, seed:
     # Of every sample of a pair: the frames that are there, and the true target.
     mask = None if target.mask is None else target.mask[:, None].expand(-1, num_samples, -1)
     truth = target.pooled()[:, None]
-    cosines, noisy_cosines, norms, estimate_norms = [], [], [], []
+    cosines: list[Tensor] = []
+    noisy_cosines: list[Tensor] = []
+    norms, estimate_norms = [], []
 
     def follow(step: int, state: StepOutput) -> None:
         alpha, sigma = levels[step]
