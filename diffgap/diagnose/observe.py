@@ -121,8 +121,7 @@ def draw(bridge: DiffGAP, source: Side, target: Side, *, num_samples: int, seed:
     truth = target.pooled()[:, None]
     cosines: list[Tensor] = []
     noisy_cosines: list[Tensor] = []
-    norms: list[float] = []
-    estimate_norms: list[float] = []
+    norms, estimate_norms = [], []
 
     def follow(step: int, state: StepOutput) -> None:
         alpha, sigma = levels[step]

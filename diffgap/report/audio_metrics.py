@@ -24,7 +24,8 @@ def audio_metrics(folder: Path) -> Section:
         body = paragraph(f"Not measured yet. Run `diffgap metrics {folder}` and make this page again.")
         return Section("metrics", "Metrics of the sounds", body)
     try:
-        systems = json.loads(file.read_text(encoding="utf-8"))["systems"]
+        content = json.loads(file.read_text(encoding="utf-8"))
+        systems = content["systems"]
         rows: dict[tuple[str, str], list[str]] = {}
         cells: dict[tuple[str, str], dict[str, str]] = {}
         for system, report in systems.items():
@@ -34,20 +35,21 @@ def audio_metrics(folder: Path) -> Section:
                 rate = str(found["sample_rate"])
                 rows.setdefault(key, [*key, str(found["generated"]), against, rate, found["better"]])
                 cells.setdefault(key, {})[system] = _cell(found)
+        differences = [
+            [f"{one['second']} - {one['first']}", one["metric"], one["backbone"], one["better"], _cell(one)]
+            for one in content.get("differences", ())
+        ]
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{file} is no file of `diffgap metrics` ({error!r}); measure again") from error
     headings = ["metric", "backbone", "N", "against", "Hz", "better", *systems]
-    body = joined(
-        [
-            paragraph("With intervals where there are any. N: sounds measured; against: what they were held against."),
-            table(
-                "Metrics",
-                headings,
-                ([*row, *(cells[key].get(name, "-") for name in systems)] for key, row in rows.items()),
-            ),
-        ]
-    )
-    return Section("metrics", "Metrics of the sounds", body)
+    figures = ([*row, *(cells[key].get(name, "-") for name in systems)] for key, row in rows.items())
+    parts = [
+        paragraph("With intervals where there are any. N: sounds measured; against: what they were held against."),
+        table("Metrics", headings, figures),
+    ]
+    if differences:
+        parts.append(table("Differences", ["difference", "metric", "backbone", "better", "by how much"], differences))
+    return Section("metrics", "Metrics of the sounds", joined(parts))
 
 
 def _cell(found: Mapping[str, Any]) -> str:

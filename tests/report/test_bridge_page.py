@@ -14,6 +14,7 @@ import pytest
 import torch
 import yaml
 
+from diffgap.ops.solver_step import StepOutput
 from diffgap.report import ReportOptions, write_report
 from diffgap.report.training import read_metrics
 from diffgap.retrieval.diagnostics import modality_gap
@@ -90,17 +91,24 @@ def test_the_gap_is_that_of_the_model_on_the_pairs(page: Element, workshop: Work
     assert len(page.section("gap").all("svg")) == 4
 
 
-def test_a_trajectory_ends_where_the_sample_does(page: Element, workshop: Workshop) -> None:
+def test_a_trajectory_begins_and_ends_where_the_sample_does(page: Element, workshop: Workshop) -> None:
     bridge, x = load_run(workshop.run)[0], _pairs(workshop)
     captions = [caption.text for caption in page.section("trajectories").all("figcaption")]
     for source, target, caption in (("audio", "text", captions[0]), ("text", "audio", captions[1])):
         partner = bridge.project(target, x[target]).detach()
-        drawn = bridge.sample(target, num_samples=4, seed=0, **{source: x[source]})
+        noisy: list[float] = []
+
+        def follow(_: int, step: StepOutput, target: str = target, partner: torch.Tensor = partner) -> None:
+            sample = bridge.diffusion.scaler(target).unscale(step.sample).view(len(partner), 4, -1)
+            noisy.append(float(torch.cosine_similarity(sample, partner[:, None], dim=-1).mean()))  # noqa: B023
+
+        drawn = bridge.sample(target, num_samples=4, seed=0, callback=follow, **{source: x[source]})
         bridged = bridge.translate(target, seed=0, **{source: x[source]})
         own = bridge.project(source, x[source]).detach()
         last, after, before = (float((y * partner).sum(-1).mean())
                                for y in (drawn.transpose(0, 1), bridged, own))  # fmt: skip
         assert f"{source} -> {target}, {len(partner)} pairs:" in caption
+        assert f"the sample {noisy[0]:.3f} after the first" in caption
         assert f"of 4 steps, {last:.3f} after the last; bridged {after:.3f}, as they are {before:.3f}." in caption
 
 

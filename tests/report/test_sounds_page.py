@@ -155,8 +155,17 @@ def test_metrics_beside_the_set_are_shown(made: Callable[..., Element], tmp_path
         audio_report(estimate).to_json(tmp_path / "one.json")
         systems[name] = json.loads((tmp_path / "one.json").read_text())
     del systems["raw"]["figures"][1]
-    (found.folder / "metrics.json").write_text(json.dumps({"systems": systems}))
-    assert made(found.folder).section("metrics").table("Metrics") == [
+    differences = [
+        {"first": "raw", "second": "bridged", "metric": "FD", "backbone": "offline", "better": "lower",
+         "estimate": -1.0, "low": low, "high": high} for low, high in ((-1.5, -0.25), (None, None))
+    ]  # fmt: skip
+    (found.folder / "metrics.json").write_text(json.dumps({"systems": systems, "differences": differences}))
+    section = made(found.folder).section("metrics")
+    assert section.table("Differences")[1:] == [
+        ["bridged - raw", "FD", "offline", "lower", "-1.000 [-1.500, -0.2500]"],
+        ["bridged - raw", "FD", "offline", "lower", "-1.000"],
+    ]
+    assert section.table("Metrics") == [
         ["metric", "backbone", "N", "against", "Hz", "better", "bridged", "raw"],
         ["FD", "offline", "40", "40", "16000", "lower", "2.500 [1.500, 3.500]", "3.500 [2.500, 4.500]"],
         ["IS", "offline", "40", "-", "16000", "higher", "1.250", "-"],
