@@ -294,8 +294,9 @@ def _sampled(*, compiled: bool, plain: bool, generator: MelGenerator, **inputs: 
     return run
 
 
-#: Relative difference of losses that two draws of a batch may have: eight sounds are drawn eight noise levels, and the
-#: weights of those differ, so that only a loss on another scale shows.
+#: Relative difference of losses that two draws of a batch may have. Eight sounds draw eight noise levels of very
+#: different weight: of twelve seeds the losses lie at 0.4 to 1.5 times that of the first. So this shows another scale
+#: only; that the rival does our step when it is given our random numbers is tested.
 _LOSS_ROOM = 0.9
 
 

@@ -12,8 +12,11 @@ from benchmarks import generator, runner
 from benchmarks.cases import Case
 from diffgap.models import blocks
 from diffgap.models.mel_generator import MelGeneratorConfig
+from diffgap.models.randomness import uniform
 from diffgap.ops.attention import attention
+from diffgap.ops.random import normal
 from tests.benchmarking import CLOCK, QUICK
+from tests.helpers import assert_close_to_oracle
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.usefixtures("uncompiled")
@@ -78,6 +81,15 @@ def test_plain_torch_draws_its_own_numbers_and_only_while_asked() -> None:
         second = generator._our_step(**inputs)
     assert not torch.equal(first[0], second[0]) and not torch.equal(first[0], ours[0])
     assert all(torch.equal(x, y) for x, y in zip(generator._our_step(**inputs), ours, strict=True))
+
+
+def test_plain_torch_does_our_step_with_our_random_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = STEP.inputs(CPU)
+    monkeypatch.setattr(generator, "_torch_uniform", uniform)
+    monkeypatch.setattr(torch, "randn_like", lambda x: normal(inputs["seeds"], x.shape[1:]))
+    found = generator._stepped(compiled=False, plain=True, **inputs)()
+    for x, oracle in zip(found, STEP.expected(CPU), strict=True):  # type: ignore[misc]
+        assert_close_to_oracle(x, oracle)
 
 
 def test_plain_torch_attends_by_torch_to_the_same_result(monkeypatch: pytest.MonkeyPatch) -> None:
