@@ -46,7 +46,8 @@ def metrics(
         reference: Folder of the recordings, for a folder of sounds; what has the same name is a pair.
         text: Text encoder that shares its space with a backbone, for a set's captions: CLAP score and recall.
         classifier: What a linear classifier on the backbones' features learns from: an embedding store made by the same
-            encoder (its train rows), or a .csv with a column "file". Recordings of the set are left out.
+            encoder (its train rows), or a .csv with columns "file" and "id" (that of the store; by default the file).
+            Recordings of the set are left out, by their ids.
         column: Its column of labels; by default the set's own, or "label".
         regularisation: Of the classifier: inverse strength of the L2 penalty.
         output: Folder for metrics.json and metrics.md; the set's own by default.

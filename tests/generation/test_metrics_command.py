@@ -152,6 +152,14 @@ def test_the_classifier_does_not_learn_from_what_is_evaluated(tmp_path: Path) ->
     expected = LinearClassifier.fit(np.stack(features), names, fingerprint=backbone.fingerprint)
     order = np.random.default_rng(0).normal(size=(5, 8))
     assert ours.classifier.logits(order) == pytest.approx(expected.logits(order), abs=1e-6)  # type: ignore[attr-defined]
+    # By id, where the bytes are others.
+    (left,) = with_classifier([backbone], recordings(tmp_path / "c"), "label", ids=["low/clip000.wav"])
+    assert left.classifier.fitted_to == 59 and ours.classifier.fitted_to == 60  # type: ignore[attr-defined]
+    listed = recordings(tmp_path / "d")
+    lines = listed.read_text().splitlines()
+    listed.write_text("\n".join([f"{lines[0]},id", *(f"{line},r{n}" for n, line in enumerate(lines[1:]))]))
+    (left,) = with_classifier([backbone], listed, "label", ids=["r0", "r1", "low/clip009.wav"])
+    assert left.classifier.fitted_to == 58  # type: ignore[attr-defined]
     # A store: train rows alone, and none of the evaluated ids.
     rows = np.stack([*features, *features[:4]])
     index = {

@@ -39,8 +39,9 @@ def with_classifier(
         path: An embedding store, whose train rows are taken, for the backbones of an encoder that it was made by; or a
             .csv of recordings, one a line, their files relative to it in its column "file", for every backbone.
         column: Of the labels; recordings without one are left out.
-        recordings: The evaluated ones; files of the same content are left out of a .csv.
-        ids: Of the evaluated ones; rows of these ids are left out of a store.
+        recordings: The evaluated ones; files of the same bytes are left out of a .csv.
+        ids: Of the evaluated ones, as those of a set have other bytes than their sources: rows of these ids are left
+            out, of a .csv by its column "id", or "file" where it has none.
         regularisation: Of :meth:`LinearClassifier.fit`.
         cache: Folder for features.
 
@@ -81,7 +82,7 @@ def _rows(
 ) -> tuple[Floats, list[str]] | None:
     """Features and labels to learn from; None where a store holds none of the backbone's."""
     if path.suffix == ".csv":
-        return _of_files(backbone, path, column, recordings, cache)
+        return _of_files(backbone, path, column, recordings, ids, cache)
     store = EmbeddingStore.open(path).split("train")
     matching = [name for name in store.modalities if store.encoder(name) == backbone.fingerprint]
     if matching:
@@ -119,6 +120,7 @@ def _of_files(
     path: Path,
     column: str,
     recordings: Sequence[str | os.PathLike[str]],
+    ids: Collection[str],
     cache: str | os.PathLike[str] | None,
 ) -> tuple[Floats, list[str]]:
     with path.open(newline="", encoding="utf-8") as file:
@@ -128,7 +130,7 @@ def _of_files(
     if missing := [name for name in ("file", column) if name not in columns]:
         raise ValueError(f"classifier {path} has no column {missing[0]!r}; it has {', '.join(columns)}")
     evaluated = {clip.sha256 for clip in list_clips("recordings", recordings)} if recordings else set()
-    labels = {line["file"]: line[column] for line in lines}
+    labels = {line["file"]: line[column] for line in lines if (line.get("id") or line["file"]) not in set(ids)}
     clips = [clip_of(name, Source(path=path.parent / name)) for name in labels]
     clips = [clip for clip in clips if not clip.sha256 or clip.sha256 not in evaluated]
     if not clips:
