@@ -1,6 +1,5 @@
 """The command line: ``diffgap demo | train | eval | diagnose | ablate | sample | embed | import | index | search |
 train-generator | generate | generate-set | metrics | report | listen | doctor``.
-train-generator | generate | generate-set | report | doctor``.
 
 Exit status: 0 done; 1 the machine failed (disk full, out of memory ...); 2 bad input; 3 a check of
 ``diagnose --strict`` is bad; 130 interrupted. An error is one line on standard error that names what is wrong and how
