@@ -13,6 +13,7 @@ No condition is the vector of "", as their guidance has it.
 from __future__ import annotations
 
 import hashlib
+import io
 import math
 import warnings
 from abc import ABC, abstractmethod
@@ -44,6 +45,7 @@ FloatArray = npt.NDArray[np.float32]
 #: Sounds in one pass of the UNet, each twice for guidance.
 BATCH = 8
 _PROBES = ("a dog barks", "rain falls on a tin roof", "a violin and a piano play slowly", "an engine starts")
+_PULSES = (1.0, 4.0, 16.0)
 _AGREE = 0.999
 
 
@@ -129,16 +131,42 @@ class DiffusersGenerator(ABC):
             )
 
     def check_tower(self, encoder: Encoder) -> None:
-        """Raises ValueError unless a text encoder of the conditions' CLAP gives what the pipeline's own does."""
-        own = np.asarray(self.encoder.encode(list(_PROBES)), np.float64)
-        other = np.asarray(encoder.encode([encoder.reader(Source(text=text)) for text in _PROBES]), np.float64)
+        """Raises ValueError unless an encoder of the conditions' CLAP gives what the pipeline's own tower does.
+
+        Args:
+            encoder: Of texts or of audio. AudioLDM has no audio tower, so nothing is asked of one there.
+        """
+        if encoder.modality == "text":
+            own = np.asarray(self.encoder.encode(list(_PROBES)), np.float64)
+            sources = [Source(text=text) for text in _PROBES]
+        elif hasattr(self.pipeline.text_encoder, "get_audio_features"):
+            rate = self.pipeline.feature_extractor.sampling_rate
+            waves = [_pulsing_noise(hertz, rate) for hertz in _PULSES]
+            own = self._hear(waves)
+            sources = [Source(data=_wav(wave, rate), suffix=".wav") for wave in waves]
+        else:
+            return
+        other = np.asarray(encoder.encode([encoder.reader(source) for source in sources]), np.float64)
         least = float((own * other).sum(1).min()) if own.shape == other.shape else math.nan
         if not least > _AGREE:
             raise ValueError(
                 f"the conditions' CLAP ({encoder.fingerprint}) is not the generator's ({self.encoder.fingerprint}): "
-                f"their text towers agree to a cosine of {least:.3f}, not {_AGREE}; embed and bridge with the "
-                "generator's CLAP"
+                f"their {encoder.modality} towers agree to a cosine of {least:.3f}, not {_AGREE}; embed and bridge "
+                "with the generator's CLAP"
             )
+
+    @torch.no_grad()
+    def _hear(self, waves: Sequence[FloatArray]) -> npt.NDArray[np.float64]:
+        """Unit vectors (n, D) of sounds at the extractor's rate, by the audio tower inside the pipeline."""
+        pipe = self.pipeline
+        inputs = pipe.feature_extractor(
+            list(waves), sampling_rate=pipe.feature_extractor.sampling_rate, return_tensors="pt"
+        )
+        tower = pipe.text_encoder
+        mel = inputs["input_features"].to(tower.device, tower.dtype)
+        longer = torch.zeros(len(mel), 1, dtype=torch.bool, device=tower.device)
+        vectors = features(tower.get_audio_features(input_features=mel, is_longer=longer))
+        return F.normalize(vectors.double(), dim=-1).cpu().numpy()
 
     def generate(
         self,
@@ -320,3 +348,18 @@ def _digest(module: torch.nn.Module) -> str:
         if name.startswith("text_"):
             digest.update(name.encode() + value.detach().cpu().float().numpy().tobytes())
     return digest.hexdigest()
+
+
+def _pulsing_noise(hertz: float, rate: int) -> FloatArray:
+    """A second with something in every band: in empty ones, a sample's rounding shows in the logarithm."""
+    noise = np.random.default_rng(0).standard_normal(rate)
+    return (0.1 * noise * (1 + 0.8 * np.sin(np.arange(rate) * 2 * np.pi * hertz / rate))).astype(np.float32)
+
+
+def _wav(wave: FloatArray, rate: int) -> bytes:
+    """A sound file, as an encoder's reader takes it."""
+    import soundfile
+
+    file = io.BytesIO()
+    soundfile.write(file, wave, rate, format="WAV", subtype="FLOAT")
+    return file.getvalue()

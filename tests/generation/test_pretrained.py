@@ -19,6 +19,7 @@ from tests.synthetic import make_config, with_bridge
 diffusers = pytest.importorskip("diffusers", reason="diffusers is the peer: pip install diffusers")
 pytest.importorskip("transformers")
 from diffgap import BridgeSettings, DiffGAP  # noqa: E402
+from diffgap.encoders.registry import build_encoder  # noqa: E402
 from diffgap.generation.pretrained import DiffusersGenerator, load_pretrained  # noqa: E402
 from diffgap.generation.space import AudioSpace  # noqa: E402
 from tests.generation.diffusers_pipelines import HOP, PIPELINES, RATE, clap  # noqa: E402
@@ -158,6 +159,22 @@ def test_a_bridge_into_another_space_is_refused(
     bridge = DiffGAP({"audio": settings.width, "text": settings.width}, settings)
     with pytest.raises(ValueError, match=message):
         generator.check(AudioSpace(bridge, "audio", ""))
+
+
+@pytest.mark.parametrize("kind", ["musicldm", "audioldm2"])
+def test_another_audio_tower_is_refused(saved: Callable[[str], Path], tmp_path: Path, kind: str) -> None:
+    """The text towers are the same: what was fine-tuned is on the audio side."""
+    generator = load_pretrained(kind, str(saved(kind)))
+    pipe = generator.pipeline
+    for part in (pipe.text_encoder, pipe.tokenizer, pipe.feature_extractor):
+        part.save_pretrained(tmp_path)
+    for modality in ("text", "audio"):
+        generator.check_tower(build_encoder(modality, f"transformers:{tmp_path}"))
+    with torch.no_grad():
+        pipe.text_encoder.audio_projection.linear2.weight[0] *= -1
+    generator.check_tower(build_encoder("text", f"transformers:{tmp_path}"))
+    with pytest.raises(ValueError, match="their audio towers agree to a cosine of"):
+        generator.check_tower(build_encoder("audio", f"transformers:{tmp_path}"))
 
 
 def test_what_is_no_such_pipeline_is_refused(saved: Callable[[str], Path], tmp_path: Path) -> None:
