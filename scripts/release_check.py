@@ -150,7 +150,7 @@ class Builds:
         environment = environment or self.environment
         environment.pip("install", "--force-reinstall", "--no-deps", wheel)
         torch = environment.versions("torch").rpartition(" ")[2]  # whatever a package asks for, this one stays
-        environment.pip("install", wheel, *TEST_PACKAGES, f"torch=={torch}")
+        environment.pip("install", "--no-compile", wheel, *TEST_PACKAGES, f"torch=={torch}")
         return environment
 
     def doctor(self, environment: Environment, *expected: str) -> None:
@@ -262,7 +262,7 @@ class Builds:
         wheel = self.cpu_wheel[0]
         began = time.monotonic()
         with self.other_environment(combination.python, combination.torch) as environment:
-            environment.pip("install", *combination.packages, f"torch=={combination.torch}.*")
+            environment.pip("install", "--no-compile", *combination.packages, f"torch=={combination.torch}.*")
             self.doctor(self.install(wheel, environment), "C++ CPU kernels loaded")
             counts = environment.test(self.source, combination.tests)
             return None, time.monotonic() - began, f"{environment.versions('torch', 'numpy')}: {counts}"
