@@ -200,12 +200,14 @@ def build_commands() -> dict[str, Any]:
 
 ext_modules = extensions()
 setup(
-    # The folder of bundled data counts as a package for setuptools.
+    # Folders of bundled data count as packages for setuptools.
     packages=[
         *find_packages(include=["diffgap", "diffgap.*"]),
         "diffgap.data.sound_effects",
         "diffgap.data.stamps",
+        "diffgap.data.stamps.frames",
         "diffgap.kernels",
+        "diffgap.training.grids",
     ],
     package_dir={"diffgap.kernels": "kernels"},
     ext_modules=ext_modules,

@@ -107,8 +107,11 @@ class Builds:
     ``torch`` is what the kernels are built against; ``other``, the Python and torch of the step ``elsewhere``.
     """
 
-    def __init__(self, root: Path, torch: str, other: tuple[str, str], pythons: Sequence[Path]) -> None:
+    def __init__(
+        self, root: Path, torch: str, other: tuple[str, str], pythons: Sequence[Path], wheel: Path | None = None
+    ) -> None:
         self.root, self.torch, self.other, self.pythons = root, torch, other, pythons
+        self.given_wheel = wheel
 
     @cached_property
     def environment(self) -> Environment:
@@ -125,7 +128,7 @@ class Builds:
         try:
             yield environment
         finally:
-            if environment.folder != self.environment.folder:
+            if (python, torch) != ("{}.{}".format(*sys.version_info), self.torch):
                 shutil.rmtree(environment.folder)
 
     @cached_property
@@ -161,6 +164,8 @@ class Builds:
 
     @cached_property
     def cpu_wheel(self) -> tuple[Path, float]:
+        if self.given_wheel is not None:
+            return self.given_wheel, 0.0
         wheel, seconds = self.wheel("cpu", NO_ISOLATION, env=CPU_ALONE)
         expect(ABI3_TAG in wheel.name, f"{wheel.name} is not tagged {ABI3_TAG}")
         expect("diffgap/_C_cpu.abi3.so" in contents(wheel), f"{wheel.name} has no C++ kernels")
@@ -258,7 +263,7 @@ class Builds:
             return wheel, time.monotonic() - began, f"{environment.versions('torch', 'numpy')}: {counts}"
 
     def beside(self, combination: Combination) -> tuple[None, float, str]:
-        """The wheel beside one combination of versions."""
+        """The wheel, or the one given, beside one combination of versions."""
         wheel = self.cpu_wheel[0]
         began = time.monotonic()
         with self.other_environment(combination.python, combination.torch) as environment:
@@ -303,6 +308,7 @@ def parser() -> argparse.ArgumentParser:
     add("--torch", default="2.14", metavar="X.Y", help="torch to build the kernels against (default: %(default)s)")
     add("--elsewhere", nargs=2, default=("3.12", "2.10"), metavar=("PYTHON", "TORCH"), help="where they run as well")
     add("--pythons", nargs="+", type=Path, default=[], metavar="PATH", help="interpreters beside those on the PATH")
+    add("--wheel", type=Path, help="the wheel with C++ kernels to install beside other versions (default: build one)")
     add("--folder", type=Path, help="where environments are made and kept (default: a temporary folder)")
     add("--json", type=Path, help="also write the rows to this file")
     return result
@@ -310,13 +316,15 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parser().parse_args(arguments)
+    wheel = options.wheel and options.wheel.resolve()
+    pythons = [python.absolute() for python in options.pythons]  # resolved, a link of an environment would leave it
     if options.folder is not None:
         options.folder.mkdir(parents=True, exist_ok=True)
         folder: AbstractContextManager[str] = nullcontext(str(options.folder))
     else:
         folder = tempfile.TemporaryDirectory(prefix="diffgap-release-")
     with folder as path:
-        builds = Builds(Path(path).resolve(), options.torch, options.elsewhere, options.pythons)
+        builds = Builds(Path(path).resolve(), options.torch, options.elsewhere, pythons, wheel)
         if options.what == "builds":
             steps = [step for step in STEPS if not options.only or step in options.only]
             rows = [attempt(step, getattr(builds, step)) for step in steps]
