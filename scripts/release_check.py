@@ -135,12 +135,18 @@ class Builds:
     def source(self) -> Path:
         return copy_source(self.root / "source")
 
+    def source_for(self, name: str) -> Path:
+        """A copy of the source in which nothing has been built."""
+        folder = self.root / f"source-{name}"
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(self.source, folder)
+        return folder
+
     def wheel(self, name: str, *options: str, source: Path | None = None, env: dict[str, str]) -> tuple[Path, float]:
         """A wheel from a fresh copy of the source, or of ``source``, with all modules and data that git tracks."""
-        if source is None:
-            source = self.root / f"source-{name}"
-            shutil.copytree(self.source, source, dirs_exist_ok=True)
-        wheel, seconds = timed_wheel(self.environment, source, self.root / f"wheel-{name}", *options, env=env)
+        wheel, seconds = timed_wheel(
+            self.environment, source or self.source_for(name), self.root / f"wheel-{name}", *options, env=env
+        )
         packaged = [*self.source.glob("diffgap/**/*"), *self.source.glob("kernels/*.py")]
         names = {file.relative_to(self.source).as_posix() for file in packaged if file.is_file()}
         names = {name if name.startswith("diffgap/") else f"diffgap/{name}" for name in names}
@@ -210,8 +216,7 @@ class Builds:
 
     def sdist(self) -> tuple[Path, float, str]:
         """A source distribution with all that git tracks, from which the kernels build."""
-        source = self.root / "source-sdist"
-        shutil.copytree(self.source, source, dirs_exist_ok=True)
+        source = self.source_for("sdist")
         began = time.monotonic()
         self.environment.run("-c", "from setuptools import build_meta; build_meta.build_sdist('dist')", cwd=source)
         seconds = time.monotonic() - began
