@@ -10,7 +10,7 @@ MEDIA  ?= .media
 BIN       := $(VENV)/bin
 INSTALLED := $(VENV)/.installed-$(EXTRAS)
 
-.PHONY: demo test lint cuda-check install unpinned media clean
+.PHONY: demo test lint cuda-check release-check install unpinned media clean
 
 install: $(INSTALLED)
 
@@ -41,6 +41,13 @@ lint: install
 # Compiles the CUDA kernels for every chip and examines their machine code; needs nvcc, but no GPU.
 cuda-check: install
 	$(BIN)/python scripts/cuda_check.py
+
+# Builds and installs in every way users do, in clean environments (14 GB in TMPDIR, half an hour); then the versions of
+# docs/install.md with CHECK=compat.
+CHECK ?= builds
+
+release-check:
+	$(PYTHON) scripts/release_check.py $(CHECK)
 
 # The pictures and recordings behind the bundled embeddings (160 MB, Debian and Ubuntu), for the tests that embed them
 # again: make media && DIFFGAP_STAMPS_MEDIA=.media make test EXTRAS=dev,offline
