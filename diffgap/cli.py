@@ -1,5 +1,6 @@
-"""The command line: ``diffgap demo | train | eval | diagnose | ablate | sample | embed | import | index |
-search | doctor``.
+"""The command line: ``diffgap demo | train | eval | diagnose | ablate | sample | embed | import | index | search |
+train-generator | generate | generate-set | metrics | report | listen | doctor``.
+train-generator | generate | generate-set | report | doctor``.
 
 Exit status: 0 done; 1 the machine failed (disk full, out of memory ...); 2 bad input; 3 a check of
 ``diagnose --strict`` is bad; 130 interrupted. An error is one line on standard error that names what is wrong and how
@@ -23,11 +24,18 @@ from diffgap.commands.diagnose import diagnose
 from diffgap.commands.doctor import doctor
 from diffgap.commands.embed import embed
 from diffgap.commands.evaluate import evaluate
+from diffgap.commands.generate import generate
+from diffgap.commands.generate_set import generate_set
 from diffgap.commands.import_embeddings import import_embeddings
 from diffgap.commands.index import index
+from diffgap.commands.listen import listen
+from diffgap.commands.metrics import metrics
+from diffgap.commands.report import report
 from diffgap.commands.sample import sample
 from diffgap.commands.search import search
 from diffgap.commands.train import requested_defaults, train_command
+from diffgap.commands.train_generator import requested_generator, train_generator_command
+from diffgap.generation.trainer import GeneratorRunConfig
 from diffgap.training.config import RunConfig
 
 
@@ -48,10 +56,10 @@ def _parse(arguments: Sequence[str]) -> Callable[[], None]:
         ValueError: Arguments that are wrong, in one line where tyro draws a box of several.
         SystemExit: Help was asked for, and shown.
     """
-    training = arguments[:1] == ["train"] and not {"-h", "--help"} & set(arguments)
+    asked = "" if {"-h", "--help"} & set(arguments) else next(iter(arguments), "")
     commands: dict[str, Callable[..., None]] = {
         "demo": demo,
-        "train": train_command(requested_defaults(arguments) if training else RunConfig()),
+        "train": train_command(requested_defaults(arguments) if asked == "train" else RunConfig()),
         "eval": evaluate,
         "diagnose": diagnose,
         "ablate": ablate,
@@ -60,6 +68,14 @@ def _parse(arguments: Sequence[str]) -> Callable[[], None]:
         "import": import_embeddings,
         "index": index,
         "search": search,
+        "report": report,
+        "train-generator": train_generator_command(
+            requested_generator(arguments) if asked == "train-generator" else GeneratorRunConfig()
+        ),
+        "generate": generate,
+        "generate-set": generate_set,
+        "listen": listen,
+        "metrics": metrics,
         "doctor": doctor,
     }
     complaint = io.StringIO()
@@ -92,7 +108,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (OSError, RuntimeError, MemoryError) as error:
         _fail(error, 1)
     except KeyboardInterrupt:
-        resumable = arguments[:1] in (["train"], ["demo"], ["ablate"], ["embed"])
+        resumable = arguments[:1] in (["train"], ["train-generator"], ["demo"], ["ablate"], ["embed"])
         resume = "; run the same command again to resume" if resumable else ""
         print(f"diffgap: interrupted{resume}", file=sys.stderr)
         sys.exit(130)

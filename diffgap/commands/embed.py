@@ -30,6 +30,7 @@ def embed(
     text: str | None = None,
     image: str | None = None,
     video: str | None = None,
+    mel: str | None = None,
     format: Literal["folder", "manifest", "webdataset", "huggingface", "audiocaps", "clotho", "vggsound"] | None = None,
     media: Path | None = None,
     columns: dict[str, str] | None = None,
@@ -48,7 +49,8 @@ def embed(
 
     An encoder is `offline` (small, inside Python packages), `transformers:FOLDER`, `open-clip:MODEL:WEIGHTS`,
     `laion-clap:CHECKPOINT`, or your own as `package.module:Name`. What cannot be embedded is in failures.parquet, with
-    the reason. Under `torchrun` or `accelerate launch` the processes share the work.
+    the reason. Spectrograms beside the embeddings (`--mel`) are what `diffgap train-generator` learns from. Under
+    `torchrun` or `accelerate launch` the processes share the work.
 
     Args:
         source: A folder; a .csv, .parquet or .jsonl manifest; a WebDataset; a folder of Hugging Face `datasets`; or
@@ -58,6 +60,7 @@ def embed(
         text: Encoder of captions.
         image: Encoder of pictures.
         video: Encoder of videos.
+        mel: Spectrograms of the recordings: `log-mel`, or `log-mel:vocos` for that vocoder's kind.
         format: What SOURCE is; recognised by itself, but for the files of the public data sets.
         media: Folder that the media are in, where it is not SOURCE; for "stamps", the extracted Debian package.
         columns: Columns of a manifest or of `datasets` that have names of their own: audio file text sentence ...
@@ -75,7 +78,7 @@ def embed(
     from diffgap.data.items.limit import FirstItems
     from diffgap.embed.pipeline import embed_items
 
-    given = {"audio": audio, "text": text, "image": image, "video": video}
+    given = {"audio": audio, "text": text, "image": image, "video": video, "mel": mel}
     specs = {modality: spec for modality, spec in given.items() if spec is not None}
     console = Console(quiet=os.environ.get("RANK", "0") != "0")  # of a run's processes the first speaks
     with _shown(console) as progress:
@@ -89,16 +92,18 @@ def embed(
                 raise ValueError(
                     "no encoder is given; name one for each modality, as in --audio offline --text offline"
                 )
+            from diffgap.data.items.heard import HeardItems
             from diffgap.data.items.listing import list_items
             from diffgap.data.items.shown import ShownItems
             from diffgap.encoders.registry import build_encoder, check_spaces
 
             listed = list_items(
-                source, format=format, media=media, modalities=tuple(specs), columns=columns, whole=whole,
+                source, format=format, media=media, modalities=_listed(specs), columns=columns, whole=whole,
                 split=fractions, split_seed=split_seed,
             )  # fmt: skip
             place = Path(source)
-            items = ShownItems(listed, media or (place if place.is_dir() else place.parent))
+            shown = ShownItems(listed, media or (place if place.is_dir() else place.parent))
+            items = HeardItems(shown) if mel is not None else shown
             encoders = {modality: build_encoder(modality, spec, _own(device)) for modality, spec in specs.items()}
             check_spaces(encoders)
             report = embed_items(
@@ -109,12 +114,18 @@ def embed(
         _summarize(report, console)
 
 
+def _listed(specs: dict[str, str]) -> tuple[str, ...]:
+    """The modalities of the media; a spectrogram is of a recording."""
+    return tuple(dict.fromkeys("audio" if modality == "mel" else modality for modality in specs))
+
+
 def _embed_stamps(
     output: Path, media: Path | None, specs: dict[str, str], *, dtype: str | None, **options: object
 ) -> EmbedReport | None:
     from diffgap.data.items.stamps import HOW_TO_GET
     from diffgap.embed.stamps import embed_stamps
 
+    mel = specs.pop("mel", None)
     if specs or dtype is not None:
         raise ValueError(
             'SOURCE "stamps" has encoders and number formats of its own; leave --audio, --text, --image, --video and '
@@ -124,7 +135,7 @@ def _embed_stamps(
         raise ValueError(
             f"--media is not given, the folder of the extracted package; get it with: {HOW_TO_GET} (or `make media`)"
         )
-    return embed_stamps(media, output, **options)  # type: ignore[arg-type]
+    return embed_stamps(media, output, mel=mel, **options)  # type: ignore[arg-type]
 
 
 def _own(device: str) -> str:

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from diffgap.commands.arguments import Output
+from diffgap.commands.arguments import Output, option
 from diffgap.models.settings import BridgeSettings
 from diffgap.training.config import DataConfig, RunConfig, TrainConfig
 
@@ -94,16 +94,9 @@ def train_command(defaults: RunConfig) -> Callable[..., None]:
 
 def requested_defaults(arguments: Sequence[str]) -> RunConfig:
     """The settings that ``--config`` and ``--preset`` ask for, which the other flags then change."""
-    options: dict[str, str] = {}
-    for index, argument in enumerate(arguments):
-        name, given, value = argument.partition("=")
-        if name in ("--config", "--preset"):
-            options[name] = value if given else next(iter(arguments[index + 1 :]), "")
-            if not options[name]:
-                raise ValueError(f"{name} is given without a value; see diffgap train --help")
-    if "--config" in options:
-        if "--preset" in options:
+    path, preset = option(arguments, "--config"), option(arguments, "--preset")
+    if path is not None:
+        if preset is not None:
             raise ValueError("--preset and --config were both given; put the preset's settings into the config file")
-        return RunConfig.load(Path(options["--config"]))
-    name = options.get("--preset", "recommended")
-    return RunConfig(bridge=BridgeSettings.preset(name))  # type: ignore[arg-type]
+        return RunConfig.load(Path(path))
+    return RunConfig(bridge=BridgeSettings.preset(preset or "recommended"))  # type: ignore[arg-type]

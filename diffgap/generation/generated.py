@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["FORMAT", "REFERENCE", "SYSTEMS", "GeneratedItem", "GeneratedSet"]
+__all__ = ["FORMAT", "REFERENCE", "SYSTEMS", "GeneratedItem", "GeneratedSet", "check_set_folder"]
 
 FORMAT = "diffgap-generated/1"
 REFERENCE = "reference"
@@ -85,7 +85,7 @@ class GeneratedSet:
         """
         described = folder / "set.json"
         if not described.is_file():
-            raise FileNotFoundError(f"{folder} holds no set.json; make it with `diffgap generate ... --data STORE`")
+            raise FileNotFoundError(f"{folder} holds no set.json; make it with `diffgap generate-set`")
         try:
             content = json.loads(described.read_text(encoding="utf-8"))
             lines = (folder / "items.jsonl").read_text(encoding="utf-8").splitlines()
@@ -139,3 +139,13 @@ _KINDS: dict[type, dict[str, type | tuple[type, ...]]] = {
     GeneratedSet: {"sample_rate": int, "source": str, "about": dict},
     GeneratedItem: {"name": str, "id": str, "caption": str, "label": str, "seconds": (int, float)},
 }
+
+
+def check_set_folder(folder: Path, *, overwrite: bool) -> None:
+    """Raises FileExistsError if writing a set to ``folder`` would remove anything but (``overwrite``) a set."""
+    if not folder.exists():
+        return
+    if not overwrite:
+        raise FileExistsError(f"{folder} exists; choose another path, or give --overwrite")
+    if not (folder / "set.json").is_file():
+        raise FileExistsError(f"{folder} exists and is not a set of generated sounds; choose another path")

@@ -8,20 +8,19 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from diffgap.data.store import EmbeddingStore
+from diffgap.generation.latents import LatentSettings, parse_settings
 from diffgap.generation.mel import MelSettings
-from diffgap.models.bridge import DiffGAP
+from diffgap.generation.space import AudioSpace
 from diffgap.models.mel_generator import MelGenerator, MelGeneratorConfig
 from diffgap.models.randomness import STREAM_CUT, uniform
 from diffgap.ops import sample_seeds
 from diffgap.training.config import TrainConfig, YamlConfig
 from diffgap.training.loop import Report, TrainingLoop
 from diffgap.training.plan import derived_seed
-from diffgap.training.runs import load_bridge
 
-__all__ = ["GeneratorData", "GeneratorRunConfig", "GeneratorSettings", "GeneratorTrainer"]
+__all__ = ["GeneratorData", "GeneratorRunConfig", "GeneratorSettings", "GeneratorTrainer", "spectrogram_settings"]
 
 
 @dataclass(frozen=True)
@@ -99,14 +98,19 @@ class GeneratorTrainer(TrainingLoop[MelGenerator]):
         self, config: GeneratorRunConfig, store: EmbeddingStore, folder: Path, *, report: Report | None = None
     ) -> None:
         self.config, data, settings = config, config.data, config.generator
-        mel = _mel_settings(store, data.mel)
+        mel = spectrogram_settings(store, data.mel)
         store = store.select(store.present(data.mel, data.condition))
         self.train_rows, self.val_rows = store.split("train"), store.split("val")
         super().__init__(config, config.train, folder, len(self.train_rows), report=report)
+        space = AudioSpace.load(data.bridge, data.condition, store.encoder(data.condition))
         self.conditions, self.val_conditions = (
-            conditions(rows, data.condition, data.bridge) for rows in (self.train_rows, self.val_rows)
+            space.project(rows.embeddings(data.condition), rows.lengths(data.condition))
+            for rows in (self.train_rows, self.val_rows)
         )
         self.max_frames = mel.frames(settings.max_seconds)
+        fitted = self.train_rows.unique_rows(data.mel)[:_FIT_ROWS]
+        lengths = self.train_rows.lengths(data.mel, fitted)
+        assert lengths is not None
         torch.manual_seed(derived_seed(config.train.seed, -2))
         generator = MelGenerator(
             MelGeneratorConfig.of_size(
@@ -114,6 +118,8 @@ class GeneratorTrainer(TrainingLoop[MelGenerator]):
                 self.conditions.shape[1],
                 bands=mel.bands,
                 mel=mel.description,
+                space=space.fingerprint,
+                typical_frames=int(lengths.median()),
                 patch_frames=settings.patch_frames,
                 patch_bands=settings.patch_bands or mel.bands,
                 dropout=settings.dropout,
@@ -123,8 +129,6 @@ class GeneratorTrainer(TrainingLoop[MelGenerator]):
                 sampling_steps=settings.sampling_steps,
             )
         )
-        fitted = self.train_rows.unique_rows(data.mel)[:_FIT_ROWS]
-        lengths = self.train_rows.lengths(data.mel, fitted)
         generator.fit(self.train_rows.embeddings(data.mel, fitted), lengths)
         self.prepare(generator)
 
@@ -163,38 +167,19 @@ class GeneratorTrainer(TrainingLoop[MelGenerator]):
 
 
 _FIT_ROWS = 2_000
-"""Spectrograms that the bands' statistics are taken from."""
+"""Spectrograms that the bands' statistics and the typical length are taken from."""
 _SCORED_ROWS = 512
 """Validation rows that decide which model is kept."""
 
 
-def conditions(store: EmbeddingStore, modality: str, bridge: str) -> Tensor:
-    """(rows, D) conditions of all rows: the embeddings with norm 1, or what the bridge projects them to."""
-    if bridge:
-        model = load_bridge(Path(bridge))
-        if modality not in model.modalities:
-            raise ValueError(f"data.condition is {modality!r}; the bridge has {', '.join(model.modalities)}")
-        return projected(model, modality, store)
-    return F.normalize(store.embeddings(modality), dim=-1)
+def spectrogram_settings(store: EmbeddingStore, modality: str) -> MelSettings | LatentSettings:
+    """What a store's spectrograms, or latents of them, are, from their encoder's fingerprint.
 
-
-@torch.no_grad()
-def projected(model: DiffGAP, modality: str, store: EmbeddingStore) -> Tensor:
-    """(rows, width) unit vectors; those of a sequence are averaged over its frames."""
-    x = model.project(modality, store.embeddings(modality))
-    if x.dim() == 2:
-        return x
-    lengths = store.lengths(modality)
-    assert lengths is not None
-    inside = (torch.arange(x.shape[1]) < lengths[:, None])[..., None]
-    return F.normalize((x * inside).sum(1), dim=-1)
-
-
-def _mel_settings(store: EmbeddingStore, modality: str) -> MelSettings:
-    """The settings that a store's spectrograms were made with, from their encoder's fingerprint."""
+    Raises ValueError for a modality that the store does not have, or that holds something else.
+    """
     if modality not in store.modalities:
         raise ValueError(f"data.mel is {modality!r}; the store has {', '.join(store.modalities)}: embed with --mel")
     kind, _, description = store.encoder(modality).partition(":")
-    if kind != "log-mel" or store.num_frames(modality) is None:
+    if kind not in ("log-mel", "latent-mel") or store.num_frames(modality) is None:
         raise ValueError(f"data.mel is {modality!r}, which holds no spectrograms; make them with `diffgap embed --mel`")
-    return MelSettings.parse(description)
+    return parse_settings(description)

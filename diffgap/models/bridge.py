@@ -9,24 +9,16 @@ arXiv 2503.12131. With z_m the projected unit embedding of modality m, and s the
 "Bidirectional split training" decides which directions a step trains (:data:`diffgap.models.settings.SplitMode`).
 """
 
-import contextlib
 import inspect
-import io
-import json
 import math
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, TypeAlias, cast
 
 import torch
-from huggingface_hub import PyTorchModelHubMixin
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional as F
-from typing_extensions import Self
 
-from diffgap._files import atomic_folder
 from diffgap.diffusion.sampler import Callback
 from diffgap.losses import mean_over_ranks
 from diffgap.models.contrastive import contrastive_loss
@@ -36,6 +28,7 @@ from diffgap.models.inputs import Inputs, everything, hidden, pool
 from diffgap.models.likelihood import information
 from diffgap.models.objective import frames_present
 from diffgap.models.randomness import draw_seeds
+from diffgap.models.saving import SavedModel
 from diffgap.models.scoring import (
     CANDIDATES,
     Encoded,
@@ -55,7 +48,7 @@ Stage: TypeAlias = Literal["joint", "heads", "diffusion"]
 # Annotations here are real types, not strings: the hub mixin rebuilds `settings` from config.json by its annotation.
 
 
-class DiffGAP(nn.Module, PyTorchModelHubMixin, library_name="diffgap", license="apache-2.0"):
+class DiffGAP(nn.Module, SavedModel, library_name="diffgap", license="apache-2.0"):
     """Bridges between modalities: projects, samples, translates and scores.
 
     Args:
@@ -373,31 +366,6 @@ class DiffGAP(nn.Module, PyTorchModelHubMixin, library_name="diffgap", license="
         with evaluating(self):
             shared = information(self.diffusion, encoded[0].side(source), encoded[1].side(target), found.indices)
         return dense_scores(q, g, rerank(found, shared, beta))
-
-    def save_pretrained(self, save_directory: str | os.PathLike[str], **options: Any) -> str | None:
-        """Write weights (safetensors) and configuration (JSON) to a folder, whole or not at all."""
-        with atomic_folder(save_directory, overwrite=True) as folder:
-            result: str | None = super().save_pretrained(folder, **options)
-        return result
-
-    @classmethod
-    def from_pretrained(  # type: ignore[override]
-        cls, path: str | os.PathLike[str], **options: Any
-    ) -> Self:
-        """Load what :meth:`save_pretrained` wrote, from a folder or by hub name.
-
-        Raises:
-            ValueError: The weights or the configuration are damaged, missing, or do not belong together.
-        """
-        try:
-            with contextlib.redirect_stdout(io.StringIO()):  # the hub prints where it loads from
-                model: Self = super().from_pretrained(str(path), **options)
-        except (SafetensorError, RuntimeError, TypeError, json.JSONDecodeError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise ValueError(
-                f"{path} does not hold a whole DiffGAP model ({reason}); save or fetch it again"
-            ) from error
-        return model.eval()
 
 
 @contextmanager

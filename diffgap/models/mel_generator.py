@@ -6,8 +6,9 @@ time, the condition c and the number of frames n. With t, noise and target as in
 
     L = E_{t, eps} w_t mean over the n frames of || target - f(alpha_t x + sigma_t eps, t, c, n) ||^2
 
-The condition is hidden with probability ``condition_dropout``, for classifier-free guidance (arXiv 2207.12598).
-Latents of an autoencoder (C, F, M) are spectrograms too, of C * M bands.
+c enters as sqrt(D) c, with coordinates of order 1, and is hidden with probability ``condition_dropout``, for
+classifier-free guidance (arXiv 2207.12598).
+Latents of an autoencoder are spectrograms too (:mod:`diffgap.generation.latents`).
 """
 
 from collections.abc import Sequence
@@ -15,7 +16,6 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
-from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -25,6 +25,7 @@ from diffgap.diffusion.solvers import build_solver
 from diffgap.models.blocks import ROWS_PER_BLOCK, DiTBlock, Residual, TimestepEmbedding
 from diffgap.models.layers import Linear
 from diffgap.models.randomness import STREAM_LEVEL, draw_seeds, uniform
+from diffgap.models.saving import SavedModel
 from diffgap.models.tokens import sinusoidal_embedding
 from diffgap.ops import q_sample, sample_seeds
 from diffgap.ops.random import check_seed
@@ -50,8 +51,12 @@ class MelGeneratorConfig:
     bands: int = 64
     """Mel bands of a frame."""
     mel: str = ""
-    """What the spectrograms are, :attr:`diffgap.generation.mel.MelSettings.description`, for whoever makes sound of
-    them."""
+    """What the spectrograms or latents are, the description of :class:`diffgap.generation.mel.MelSettings` or
+    :class:`diffgap.generation.latents.LatentSettings`, for whoever makes sound of them."""
+    space: str = ""
+    """What the conditions are, :attr:`diffgap.generation.space.AudioSpace.fingerprint`, so that no others are given."""
+    typical_frames: int = 0
+    """Median length of the training spectrograms, drawn where no length is asked for; 0 if it is not known."""
     patch_frames: int = 4
     """Frames of a patch; a sample's length is a multiple of it."""
     patch_bands: int = 64
@@ -74,8 +79,9 @@ class MelGeneratorConfig:
     """Noise levels of the schedule."""
     prediction: Prediction = "v_prediction"
     """What the network predicts."""
-    min_snr_gamma: float = 5.0
-    """Gamma of the min-SNR weight of a noise level (arXiv 2303.09556); 0 weighs all levels alike."""
+    min_snr_gamma: float = 0.0
+    """Gamma of the min-SNR weight of a noise level (arXiv 2303.09556); 0 weighs all levels alike. Min-SNR leaves next
+    to no weight to the noisiest levels, which are where the condition decides what a sound becomes."""
     solver: str = "dpmpp"
     """Solver of :func:`diffgap.diffusion.build_solver`."""
     sampling_steps: int = 25
@@ -119,7 +125,7 @@ class MelGeneratorConfig:
         )
 
 
-class MelGenerator(nn.Module, PyTorchModelHubMixin, library_name="diffgap", license="apache-2.0"):
+class MelGenerator(nn.Module, SavedModel, library_name="diffgap", license="apache-2.0"):
     """Draws log-mel spectrograms for embeddings.
 
     Args:
@@ -248,7 +254,9 @@ class MelGenerator(nn.Module, PyTorchModelHubMixin, library_name="diffgap", lice
 
     def _drive(self, condition: Tensor, lengths: Tensor, hidden: Tensor) -> Tensor:
         """What modulates besides the time, (B, width); the condition is left out where ``hidden`` (B,)."""
-        given = torch.where(hidden.unsqueeze(1), self.no_condition, self.condition(condition))
+        # Coordinates of a unit vector are of 1 / sqrt(D): beside the embedded time they would not be heard.
+        seen = self.condition(condition * self.config.condition_dim**0.5)
+        given = torch.where(hidden.unsqueeze(1), self.no_condition, seen)
         drive: Tensor = given + self.length(lengths)
         return drive
 

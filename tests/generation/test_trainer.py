@@ -13,12 +13,12 @@ from torch.nn import functional as F
 from diffgap import BridgeSettings, DiffGAP
 from diffgap.data.store import EmbeddingStore
 from diffgap.generation.mel import MelSettings
+from diffgap.generation.space import AudioSpace
 from diffgap.generation.trainer import (
     GeneratorData,
     GeneratorRunConfig,
     GeneratorSettings,
     GeneratorTrainer,
-    conditions,
 )
 from diffgap.training.config import TrainConfig
 
@@ -113,15 +113,15 @@ def test_long_sounds_are_cut_at_a_place_that_their_seed_decides(tmp_path: Path) 
 
 def test_conditions_are_unit_vectors_or_what_a_bridge_projects_to(tmp_path: Path) -> None:
     store = make_store()
-    plain = conditions(store, "audio", "")
+    plain = AudioSpace.load("", "audio", "").project(store.embeddings("audio"))
     torch.testing.assert_close(plain, F.normalize(store.embeddings("audio"), dim=1))
     torch.manual_seed(0)
     bridge = DiffGAP({"audio": 6, "text": 5}, BridgeSettings(width=8, tokens=2, denoiser_width=16, heads=2)).eval()
     bridge.save_pretrained(tmp_path / "bridge")
-    through = conditions(store, "audio", str(tmp_path / "bridge"))
+    through = AudioSpace.load(str(tmp_path / "bridge"), "audio", "").project(store.embeddings("audio"))
     torch.testing.assert_close(through, bridge.project("audio", store.embeddings("audio")).detach())
-    with pytest.raises(ValueError, match=r"condition is 'mel'; the bridge has audio, text"):
-        conditions(store, "mel", str(tmp_path / "bridge"))
+    with pytest.raises(ValueError, match=r"'mel' is unknown to bridge .*; it has audio, text"):
+        AudioSpace.load(str(tmp_path / "bridge"), "mel", "")
     config = replace(make_config(steps=1), data=GeneratorData("memory", bridge=str(tmp_path / "bridge")))
     assert GeneratorTrainer(config, store, tmp_path / "run").train().model.config.condition_dim == 8
 
