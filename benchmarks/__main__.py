@@ -19,7 +19,7 @@ from benchmarks.runner import Result, run_case
 from benchmarks.timing import Budget, Clock, CpuClock, CudaClock
 
 #: One module of this package each, with a function ``cases(size)``.
-FAMILIES = ("schedule", "sampler", "contrastive", "attention", "adaln", "denoiser", "training")
+FAMILIES = ("schedule", "sampler", "contrastive", "attention", "adaln", "denoiser", "training", "generator")
 
 #: Seconds of timing per case, by size, and after how many the rounds end though there were fewer than five.
 _SECONDS = {"ci": 0.3, "full": 2.0}

@@ -1,5 +1,5 @@
 """The command line: ``diffgap demo | train | eval | diagnose | ablate | sample | embed | import | index | search |
-train-generator | generate | generate-set | doctor``.
+train-generator | generate | generate-set | metrics | report | listen | doctor``.
 
 Exit status: 0 done; 1 the machine failed (disk full, out of memory ...); 2 bad input; 3 a check of
 ``diagnose --strict`` is bad; 130 interrupted. An error is one line on standard error that names what is wrong and how
@@ -27,6 +27,9 @@ from diffgap.commands.generate import generate
 from diffgap.commands.generate_set import generate_set
 from diffgap.commands.import_embeddings import import_embeddings
 from diffgap.commands.index import index
+from diffgap.commands.listen import listen
+from diffgap.commands.metrics import metrics
+from diffgap.commands.report import report
 from diffgap.commands.sample import sample
 from diffgap.commands.search import search
 from diffgap.commands.train import requested_defaults, train_command
@@ -64,11 +67,14 @@ def _parse(arguments: Sequence[str]) -> Callable[[], None]:
         "import": import_embeddings,
         "index": index,
         "search": search,
+        "report": report,
         "train-generator": train_generator_command(
             requested_generator(arguments) if asked == "train-generator" else GeneratorRunConfig()
         ),
         "generate": generate,
         "generate-set": generate_set,
+        "listen": listen,
+        "metrics": metrics,
         "doctor": doctor,
     }
     complaint = io.StringIO()

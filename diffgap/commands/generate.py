@@ -18,7 +18,8 @@ def generate(
     image: Path | None = None,
     video: Path | None = None,
     audio: Path | None = None,
-    encoder: str = "offline",
+    encoder: str = "",
+    clap: str = "",
     bridge: str | None = None,
     how: Literal["bridged", "sampled", "raw", "none"] | None = None,
     seconds: float | None = None,
@@ -26,6 +27,7 @@ def generate(
     steps: int | None = None,
     guidance_scale: float | None = None,
     vocoder: str = "griffin-lim",
+    autoencoder: str = "",
     device: str = "cpu",
     seed: int = 0,
     overwrite: bool = False,
@@ -42,7 +44,10 @@ def generate(
         image: Picture to generate from.
         video: Video to generate from.
         audio: Sound to generate from: others with the same embedding.
-        encoder: Encoder of the query, as in `diffgap embed`: the one that the bridge was trained on.
+        encoder: Encoder of the query, as in `diffgap embed`: the one that the bridge was trained on. By default the
+            small offline one; for a generator of diffusers its own CLAP, which takes texts.
+        clap: For a generator of diffusers: the CLAP that the bridge's audio side was embedded with, as in `diffgap
+            embed`, to be held against the generator's own; ENCODER by default.
         bridge: Run folder or saved model of the bridge; by default the one that the generator was trained with.
         how: What the generator is given: bridged, the bridge's translation of the query (the default where there is
             something to bridge); sampled, for each sound a sample of the bridge; raw, the query's own vector; none.
@@ -51,13 +56,14 @@ def generate(
         steps: Sampling steps; the generator's own by default.
         guidance_scale: Guidance, 1 is none; the generator's own by default.
         vocoder: griffin-lim, hifigan:FOLDER or vocos:FOLDER.
+        autoencoder: Folder of the autoencoder, for a generator of latents.
         device: Where the generator runs.
         seed: Of the noise.
         overwrite: Replace existing files.
     """
     from diffgap.data.media import Source
     from diffgap.encoders.registry import build_encoder
-    from diffgap.generation.build import build_generator, build_space
+    from diffgap.generation.build import build_generator, build_space, check_clap
     from diffgap.generation.pipeline import condition, embed_query
     from diffgap.generation.pipeline import generate as generate_sounds
     from diffgap.generation.sounds import check_sound_file, write_sound
@@ -77,19 +83,24 @@ def generate(
     for file in files:
         check_sound_file(file, overwrite=overwrite)
     space = build_space(generator, bridge)
-    made = build_generator(generator, vocoder=vocoder, device=device)
+    made = build_generator(generator, vocoder=vocoder, autoencoder=autoencoder, device=device)
     vectors = None
     if asked:
-        (modality, source), embedder = asked[0], build_encoder(asked[0][0], encoder, device)
+        modality, source = asked[0]
+        own = getattr(made, "encoder", None) if modality == "text" and not encoder else None
+        embedder = own or build_encoder(modality, encoder or "offline", device)
         how = how or ("raw" if space.bridge is None or modality == space.modality else "bridged")
         space = space.heard_by(embedder)
         made.check(space)
+        if own is None or space.bridge is not None:
+            check_clap(made, space, clap or encoder)
         x, lengths = embed_query(embedder, source, space)
         vectors = condition(space, how, modality, x, lengths, num_samples=num_samples, seed=seed)
     length = made.seconds if seconds is None else seconds
     waves = generate_sounds(
-        made, vectors, [length], num_samples=num_samples, steps=steps, guidance_scale=guidance_scale, seed=seed
-    )[0]
+        made, vectors, [length], num_samples=num_samples, steps=steps, guidance_scale=guidance_scale, seed=seed,
+        captions=[text or ""],
+    )[0]  # fmt: skip
     for file, wave in zip(files, waves, strict=True):
         write_sound(file, wave, made.sample_rate)
         seconds_written = len(wave) / made.sample_rate

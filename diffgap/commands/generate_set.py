@@ -25,10 +25,12 @@ def generate_set(
     limit: int = 200,
     media: Path | None = None,
     bridge: str | None = None,
+    clap: str = "",
     seconds: float | None = None,
     steps: int | None = None,
     guidance_scale: float | None = None,
     vocoder: str = "griffin-lim",
+    autoencoder: str = "",
     device: str = "cpu",
     seed: int = 0,
     overwrite: bool = False,
@@ -50,15 +52,17 @@ def generate_set(
         limit: Rows at most, drawn by the seed.
         media: Folder of the recordings, for the reference: what `diffgap embed` was given.
         bridge: Run folder or saved model of the bridge; by default the one that the generator was trained with.
+        clap: For a generator of diffusers: the CLAP that DATA was embedded with, held against the generator's own.
         seconds: Length of every sound; that of each recording by default.
         steps: Sampling steps; the generator's own by default.
         guidance_scale: Guidance, 1 is none; the generator's own by default.
         vocoder: griffin-lim, hifigan:FOLDER or vocos:FOLDER.
+        autoencoder: Folder of the autoencoder, for a generator of latents.
         device: Where the generator runs.
         seed: Of the noise, and of the rows that are drawn.
         overwrite: Replace an existing set.
     """
-    from diffgap.generation.build import build_generator, build_space
+    from diffgap.generation.build import build_generator, build_space, check_clap
     from diffgap.generation.generated import check_set_folder
     from diffgap.generation.make_set import SetOptions, make_set
     from diffgap.generation.native import data_of
@@ -73,8 +77,9 @@ def generate_set(
     store = store if split == "all" else store.split(split)
     known = store.encoder("audio") if "audio" in store.modalities else ""
     space = build_space(generator, bridge, known)
-    made = build_generator(generator, vocoder=vocoder, device=device)
+    made = build_generator(generator, vocoder=vocoder, autoencoder=autoencoder, device=device)
     made.check(space)
+    check_clap(made, space, clap)
     options = SetOptions(source, systems, label, limit, seconds, media, steps, guidance_scale, seed)
     about = {
         "generator": generator, "bridge": bridge or "", "data": data, "split": split, "seed": seed, "steps": steps,

@@ -52,6 +52,7 @@ class Samples:
         drawn: (N, K, width) unit vectors of ``target``'s modality.
         translated: (N, width), what :meth:`DiffGAP.translate` gives: the bridged embedding of retrieval.
         cosines: (S, N) cosine of the estimate of x0 with the target, mean over the samples.
+        noisy_cosines: (S, N) the same of the samples themselves, with the noise that is left in them.
         norms: (S,) root mean square norm of the samples after each step, over what it should be.
         estimate_norms: (S,) that of the estimates of x0, over that of real embeddings.
         norm_spread: Relative standard deviation of the norm of one noisy real embedding, the largest over the steps.
@@ -62,6 +63,7 @@ class Samples:
     drawn: Tensor
     translated: Tensor
     cosines: Tensor
+    noisy_cosines: Tensor
     norms: Tensor
     estimate_norms: Tensor
     norm_spread: float
@@ -117,7 +119,9 @@ def draw(bridge: DiffGAP, source: Side, target: Side, *, num_samples: int, seed:
     # Of every sample of a pair: the frames that are there, and the true target.
     mask = None if target.mask is None else target.mask[:, None].expand(-1, num_samples, -1)
     truth = target.pooled()[:, None]
-    cosines, norms, estimate_norms = [], [], []
+    cosines: list[Tensor] = []
+    noisy_cosines: list[Tensor] = []
+    norms, estimate_norms = [], []
 
     def follow(step: int, state: StepOutput) -> None:
         alpha, sigma = levels[step]
@@ -125,7 +129,8 @@ def draw(bridge: DiffGAP, source: Side, target: Side, *, num_samples: int, seed:
         expected = alpha**2 * square + sigma**2 * width
         norms.append(float(_norms(x, mask).square().mean() / expected) ** 0.5)
         estimate_norms.append(float(_norms(x0, mask).square().mean() / square) ** 0.5)
-        cosines.append((_pooled(scaler.unscale(x0), mask) * truth).sum(-1).mean(1))
+        for found, values in ((cosines, x0), (noisy_cosines, x)):
+            found.append((_pooled(scaler.unscale(values), mask) * truth).sum(-1).mean(1))
 
     options: dict[str, Any] = {
         source.modality: source.x,
@@ -145,6 +150,7 @@ def draw(bridge: DiffGAP, source: Side, target: Side, *, num_samples: int, seed:
         _pooled(drawn, mask),
         _pooled(translated, target.mask),
         torch.stack(cosines),
+        torch.stack(noisy_cosines),
         torch.tensor(norms, dtype=torch.float64),
         torch.tensor(estimate_norms, dtype=torch.float64),
         spread**0.5,

@@ -29,7 +29,8 @@ def _value(value: float) -> str:
     return f"{value:.0f}" if value == int(value) and abs(value) >= 10 else f"{value:.3g}"
 
 
-def _values(finding: Finding, most: int | None = None) -> str:
+def values(finding: Finding, most: int | None = None) -> str:
+    """The figures of a finding, or the first ``most``, in one line."""
     figures = list(finding.values.items())[:most]
     return ", ".join(f"{name.replace('_', ' ')} {_value(value)}" for name, value in figures)
 
@@ -39,19 +40,19 @@ def terminal_table(diagnosis: Diagnosis) -> Table:
     table = Table(title=f"diagnosis of {escape(diagnosis.subject)}: {summary(diagnosis)}", title_justify="left")
     for heading in ("check", "subject", "verdict", "found"):
         table.add_column(heading, no_wrap=heading in ("check", "verdict"))
-    for check, findings in groupby(_ordered(diagnosis), key=lambda finding: finding.check):
+    for check, findings in groupby(ordered(diagnosis), key=lambda finding: finding.check):
         table.add_section()
         for finding in findings:
             style = _STYLES[finding.verdict]
             verdict = f"[{style}]{finding.verdict}[/{style}]"
-            table.add_row(check, escape(finding.subject), verdict, escape(_values(finding, 3)))
+            table.add_row(check, escape(finding.subject), verdict, escape(values(finding, 3)))
     return table
 
 
 def advice(diagnosis: Diagnosis) -> list[str]:
     """A line for each thing that is wrong: which check, of what, when it says so, and what to try."""
     subjects: dict[tuple[str, str, str], list[str]] = {}
-    for finding in _ordered(diagnosis):
+    for finding in ordered(diagnosis):
         if finding.fix:
             key = (finding.check, finding.threshold, finding.fix)
             subjects.setdefault(key, []).append(f"{finding.subject} ({finding.verdict})")
@@ -65,12 +66,12 @@ def markdown(diagnosis: Diagnosis) -> str:
     """The whole diagnosis as Markdown: each check with its threshold and reason, each finding with all figures."""
     rows = "All rows" if diagnosis.split == "all" else f"Data: all rows; bridge: the {diagnosis.split} split"
     lines = [f"# Diagnosis of {diagnosis.subject}", "", f"{rows}. Verdicts: {summary(diagnosis)}.", ""]
-    for (check, threshold), group in groupby(_ordered(diagnosis), key=lambda f: (f.check, f.threshold)):
+    for (check, threshold), group in groupby(ordered(diagnosis), key=lambda f: (f.check, f.threshold)):
         findings = list(group)
         lines += [f"## {check}", "", f"{threshold[0].upper()}{threshold[1:]}. Why: {findings[0].reason}.", ""]
         lines += ["| subject | verdict | found | to try |", "|---|---|---|---|"]
         lines += [
-            f"| {finding.subject} | {finding.verdict} | {_values(finding)} | {finding.fix} |" for finding in findings
+            f"| {finding.subject} | {finding.verdict} | {values(finding)} | {finding.fix} |" for finding in findings
         ]
         for finding in findings:
             if finding.examples:
@@ -79,7 +80,7 @@ def markdown(diagnosis: Diagnosis) -> str:
     return "\n".join(lines)
 
 
-def _ordered(diagnosis: Diagnosis) -> Iterator[Finding]:
+def ordered(diagnosis: Diagnosis) -> Iterator[Finding]:
     """Findings of one check together, checks in the order in which they first appear."""
     order = list(dict.fromkeys(finding.check for finding in diagnosis.findings))
     return iter(sorted(diagnosis.findings, key=lambda finding: order.index(finding.check)))
@@ -89,6 +90,20 @@ def as_json(diagnosis: Diagnosis) -> dict[str, Any]:
     """Plain values, with the series behind the plots."""
     counts = {verdict: diagnosis.count(verdict) for verdict in VERDICTS}
     return {"counts": counts, **asdict(diagnosis)}
+
+
+def from_json(path: Path) -> Diagnosis:
+    """The diagnosis behind a report.json.
+
+    Raises:
+        ValueError: Another file, or one of another version.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        findings = (Finding(**{**one, "examples": tuple(one["examples"])}) for one in content["findings"])
+        return Diagnosis(content["subject"], content["split"], tuple(findings))
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{path} is no report of `diffgap diagnose` ({error!r}); diagnose again") from error
 
 
 def write_report(diagnosis: Diagnosis, folder: Path) -> None:

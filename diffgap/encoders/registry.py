@@ -11,14 +11,15 @@ spec                                                encoder
 ``open-clip:ARCHITECTURE:FILE``                     open_clip (image, video, text); a published tag for FILE
 ``laion-clap:FILE``                                 LAION's CLAP (audio, text)
 ``log-mel``, ``log-mel:vocos``                      mel: spectrograms of recordings, for training a generator
+``latent-mel:FOLDER``                               mel: latents of an ``AutoencoderKL``, AudioLDM's "vae" say
 ``package.module:Class``                            your own
 ==================================================  ==============================================================
 
 Options follow a "?", joined by "&": for video ``fps`` (1), ``max_frames`` (64) and ``frames`` ("pooled", "sequence");
 for open-clip ``like`` (the published tag that FILE is like); for laion-clap's text ``tokenizer`` (folder of
-roberta-base's); for log-mel the fields of :class:`~diffgap.generation.mel.MelSettings` and ``max_seconds`` (30). So:
-``open-clip:ViT-B-32:/path/weights.pt?fps=2&frames=sequence``. Those of a class of your own are its keyword arguments,
-as strings.
+roberta-base's); for log-mel and latent-mel the fields of :class:`~diffgap.generation.mel.MelSettings` and
+``max_seconds`` (30). So: ``open-clip:ViT-B-32:/path/weights.pt?fps=2&frames=sequence``. Those of a class of your own
+are its keyword arguments, as strings.
 
 An encoder of your own is a class with the members of :class:`~diffgap.encoders.Encoder`. This whole file,
 ``loudness.py`` on the Python path, is ``--audio loudness:Loudness``::
@@ -51,7 +52,8 @@ __all__ = ["build_encoder", "check_spaces"]
 
 _FORMS = (
     "offline, offline:aisfx, offline:whisper-frames, transformers:/path/to/folder, "
-    "open-clip:ARCHITECTURE:/path/or/tag, laion-clap:/path/to/checkpoint.pt, log-mel, package.module:Class"
+    "open-clip:ARCHITECTURE:/path/or/tag, laion-clap:/path/to/checkpoint.pt, log-mel, latent-mel:/path/to/vae, "
+    "package.module:Class"
 )
 _VIDEO: dict[str, Callable[[str], Any]] = {"fps": float, "max_frames": int, "frames": str}
 _MEMBERS = ("modality", "dim", "sequence", "normalized", "fingerprint", "space", "reader", "encode")
@@ -80,9 +82,9 @@ def build_encoder(modality: str, spec: str, device: str = "cpu") -> Encoder:
         return _open_clip(modality, where, device, options, spec)
     if kind == "laion-clap" and where:
         return _laion_clap(modality, where, device, options, spec)
-    if kind == "log-mel":
-        return _log_mel(modality, where, options, spec)
-    if kind in ("transformers", "open-clip", "laion-clap"):
+    if kind == "log-mel" or (kind == "latent-mel" and where):
+        return _mel(modality, kind, where, options, spec)
+    if kind in ("transformers", "open-clip", "laion-clap", "latent-mel"):
         raise ValueError(f"encoder {spec!r} names no weights; an encoder is one of: {_FORMS}")
     if where.isidentifier() and all(part.isidentifier() for part in kind.split(".")):
         return _custom(modality, kind, where, options)
@@ -175,18 +177,21 @@ def _laion_clap(modality: str, file: str, device: str, options: Mapping[str, str
     return tower(file, device, **_parse(spec, options, {"tokenizer": str} if modality == "text" else {}))
 
 
-def _log_mel(modality: str, preset: str, options: Mapping[str, str], spec: str) -> Encoder:
+def _mel(modality: str, kind: str, where: str, options: Mapping[str, str], spec: str) -> Encoder:
     from diffgap.encoders.mel import LogMel
+    from diffgap.generation.latents import AUDIOLDM, LatentMel
     from diffgap.generation.mel import MelSettings
 
     presets = {"": MelSettings(), "vocos": MelSettings.vocos()}
-    if preset not in presets:
-        raise ValueError(f"encoder {spec!r} has no preset {preset!r}; use log-mel or log-mel:vocos")
+    if kind == "log-mel" and where not in presets:
+        raise ValueError(f"encoder {spec!r} has no preset {where!r}; use log-mel or log-mel:vocos")
     whole, real = ("sample_rate", "n_fft", "hop", "bands"), ("low", "high", "floor", "max_seconds")
     known: dict[str, Callable[[str], Any]] = {**dict.fromkeys(whole, int), **dict.fromkeys(real, float)}
     fields = _parse(spec, options, {**known, "htk": _flag})
     limit = {"max_seconds": fields.pop("max_seconds")} if "max_seconds" in fields else {}
-    return _choose(modality, {"mel": LogMel}, spec)(replace(presets[preset], **fields), **limit)
+    if kind == "log-mel":
+        return _choose(modality, {"mel": LogMel}, spec)(replace(presets[where], **fields), **limit)
+    return _choose(modality, {"mel": LatentMel}, spec)(where, replace(AUDIOLDM, **fields), **limit)
 
 
 def _flag(value: str) -> bool:

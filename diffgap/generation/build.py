@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from diffgap.encoders.registry import build_encoder
 from diffgap.generation.generator import Generator
 from diffgap.generation.native import bridge_of, load_generator
 from diffgap.generation.space import AudioSpace
 
-__all__ = ["PRETRAINED", "build_generator", "build_space"]
+__all__ = ["PRETRAINED", "build_generator", "build_space", "check_clap"]
 
 PRETRAINED = {"audioldm": "cvssp/audioldm-m-full", "musicldm": "ucsd-reach/musicldm", "audioldm2": "cvssp/audioldm2"}
 """Generators of diffusers, and the weights on the hub that a name alone stands for."""
@@ -20,13 +21,16 @@ def _pretrained(spec: str) -> tuple[str, str] | None:
     return (kind, path or PRETRAINED[kind]) if kind in PRETRAINED else None
 
 
-def build_generator(spec: str, *, vocoder: str = "griffin-lim", device: str = "cpu") -> Generator:
+def build_generator(
+    spec: str, *, vocoder: str = "griffin-lim", autoencoder: str = "", device: str = "cpu"
+) -> Generator:
     """The generator that ``spec`` names.
 
     Args:
         spec: Run folder of ``diffgap train-generator``; or "audioldm", "musicldm", "audioldm2", with a folder or a hub
             name behind a colon.
         vocoder: See :func:`load_vocoder`; a generator of diffusers has its own.
+        autoencoder: Folder of the autoencoder of a generator of latents.
         device: Where it runs.
 
     Raises:
@@ -35,12 +39,36 @@ def build_generator(spec: str, *, vocoder: str = "griffin-lim", device: str = "c
     """
     found = _pretrained(spec)
     if found is None:
-        return load_generator(Path(spec), vocoder=vocoder, device=device)
+        return load_generator(Path(spec), vocoder=vocoder, autoencoder=autoencoder, device=device)
     from diffgap.generation.pretrained import load_pretrained
 
-    if vocoder != "griffin-lim":
-        raise ValueError(f"vocoder is {vocoder!r}, but {found[0]} has a vocoder of its own; leave it out")
+    if vocoder != "griffin-lim" or autoencoder:
+        raise ValueError(
+            f"{found[0]} has a vocoder and an autoencoder of its own; leave --vocoder and --autoencoder out"
+        )
     return load_pretrained(*found, device=device)
+
+
+def check_clap(generator: Generator, space: AudioSpace, clap: str) -> None:
+    """Raises ValueError unless the audio side of ``space`` is the CLAP of a generator of diffusers.
+
+    Args:
+        generator: What is to be driven; of our own nothing is asked.
+        space: Where the conditions come from.
+        clap: Spec of the CLAP that the audio side was embedded with, as of :func:`build_encoder`.
+    """
+    from diffgap.generation.pretrained import DiffusersGenerator
+
+    if not isinstance(generator, DiffusersGenerator) or space.encoder == generator.encoder.fingerprint:
+        return
+    if not clap:
+        raise ValueError(
+            "--clap is not given: name the CLAP whose vectors are the conditions; it must be the generator's"
+        )
+    audio = build_encoder("audio", clap)
+    if space.encoder and audio.fingerprint != space.encoder:
+        raise ValueError(f"the bridge's audio side was embedded by {space.encoder}; {clap} is {audio.fingerprint}")
+    generator.check_tower(build_encoder("text", clap))
 
 
 def build_space(spec: str, bridge: str | None, encoder: str = "") -> AudioSpace:

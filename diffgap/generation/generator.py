@@ -42,6 +42,7 @@ class Generator(Protocol):
         steps: int | None = None,
         guidance_scale: float | None = None,
         seed: int | Sequence[int] = 0,
+        captions: Sequence[str] | None = None,
     ) -> list[list[FloatArray]]:
         """For each of ``seconds`` (B of them) ``num_samples`` waveforms (n,) in -1..1.
 
@@ -52,6 +53,7 @@ class Generator(Protocol):
             seconds: Length of each.
             steps, guidance_scale: The generator's own by default.
             seed: Of the noise, one for all or one for each.
+            captions: (B,) the queries in words, for a generator that reads them beside the conditions (AudioLDM2).
 
         Raises:
             ValueError: Another shape, or a length that is not positive or that the generator cannot make.

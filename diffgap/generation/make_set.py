@@ -18,11 +18,11 @@ from diffgap.data.media.audio import AudioReader
 from diffgap.data.store import EmbeddingStore
 from diffgap.generation.generated import REFERENCE, SYSTEMS, GeneratedItem, GeneratedSet
 from diffgap.generation.generator import Generator
-from diffgap.generation.mel import MelSettings
 from diffgap.generation.native import NativeGenerator
 from diffgap.generation.pipeline import condition, generate
 from diffgap.generation.sounds import write_sound
 from diffgap.generation.space import AudioSpace
+from diffgap.generation.trainer import spectrogram_settings
 
 __all__ = ["SetOptions", "make_set"]
 
@@ -80,7 +80,7 @@ def make_set(
         FileExistsError: ``output`` exists, without ``overwrite``.
     """
     systems = _checked(generator, space, store, options)
-    mel = next((name for name in store.modalities if store.encoder(name).startswith("log-mel:")), "")
+    mel = next((name for name in store.modalities if store.encoder(name).startswith(("log-mel:", "latent-mel:"))), "")
     needed = {options.source} | {space.modality} & set(store.modalities) | ({mel} if mel else set())
     rows = store.present(*needed)
     if not len(rows):
@@ -98,7 +98,7 @@ def make_set(
             if vectors is not None:
                 (folder / "conditions").mkdir(exist_ok=True)
                 np.save(folder / "conditions" / f"{system}.npy", vectors[:, 0].cpu().numpy())
-            waves = _waves(system, generator, store, mel, vectors, seconds, options)
+            waves = _waves(system, generator, store, mel, vectors, items, options)
             for item, wave in zip(items, waves, strict=True):
                 write_sound(made.path(system, item), wave, generator.sample_rate)
         made.write()
@@ -134,10 +134,10 @@ def _seconds(store: EmbeddingStore, mel: str, options: SetOptions) -> list[float
         return [options.seconds] * len(store)
     if not mel:
         raise ValueError("seconds is not given, and the store has no spectrograms to take lengths from")
-    settings = MelSettings.parse(store.encoder(mel).partition(":")[2])
+    settings = spectrogram_settings(store, mel)
     lengths = store.lengths(mel)
     assert lengths is not None
-    return [max(1, int(n) - 1) * settings.hop / settings.sample_rate for n in lengths]
+    return [settings.seconds(max(2, int(frames))) for frames in lengths]
 
 
 def _items(store: EmbeddingStore, options: SetOptions, seconds: Sequence[float]) -> tuple[GeneratedItem, ...]:
@@ -172,9 +172,10 @@ def _waves(
     store: EmbeddingStore,
     mel: str,
     vectors: Tensor | None,
-    seconds: Sequence[float],
+    items: Sequence[GeneratedItem],
     options: SetOptions,
 ) -> list[FloatArray]:
+    seconds = [item.seconds for item in items]
     if system == REFERENCE:
         assert options.media is not None
         reader = AudioReader(generator.sample_rate)
@@ -185,10 +186,14 @@ def _waves(
         lengths = store.lengths(mel)
         assert lengths is not None
         return [
-            generator.sound(store.embeddings(mel, [row])[0, : int(lengths[row])].numpy(), length)
+            generator.sound(
+                generator.spectrogram(store.embeddings(mel, [row])[0, : int(lengths[row])].numpy(), length), length
+            )
             for row, length in enumerate(seconds)
         ]
+    said = [item.caption for item in items] if options.source == "text" and system != "none" else None
     drawn = generate(
-        generator, vectors, seconds, steps=options.steps, guidance_scale=options.guidance_scale, seed=options.seed
-    )
+        generator, vectors, seconds, steps=options.steps, guidance_scale=options.guidance_scale, seed=options.seed,
+        captions=said,
+    )  # fmt: skip
     return [samples[0] for samples in drawn]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 from dataclasses import asdict, dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -44,6 +45,8 @@ class MelSettings:
     """Magnitudes below it count as it."""
 
     def __post_init__(self) -> None:
+        for name in ("low", "high", "floor"):  # 4000 and 4000.0 are the same settings, and have one description
+            object.__setattr__(self, name, float(getattr(self, name)))
         for name in ("sample_rate", "n_fft", "hop", "bands"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; use 1 or more")
@@ -67,6 +70,10 @@ class MelSettings:
     def frames(self, seconds: float) -> int:
         """Frames of a recording of that many seconds."""
         return 1 + int(seconds * self.sample_rate) // self.hop
+
+    def seconds(self, frames: int) -> float:
+        """Length of what has that many frames, the last of them centred on its end."""
+        return (frames - 1) * self.hop / self.sample_rate
 
     @property
     def description(self) -> str:
@@ -95,25 +102,33 @@ class MelSettings:
             warnings.filterwarnings("ignore", "n_fft=.* is too large")  # a short sound is padded like any other
             mel = librosa.feature.melspectrogram(
                 y=np.asarray(wave, np.float32), n_fft=self.n_fft, hop_length=self.hop, power=1.0, pad_mode="constant",
-                **self._filters,
+                **self.filters,
             )  # fmt: skip
         return np.log(np.maximum(mel.T, self.floor)).astype(np.float32)
 
     @property
-    def _filters(self) -> dict[str, Any]:
-        """librosa's arguments for the filters, where it analyses; it takes the number of bands from the input else."""
+    def filters(self) -> dict[str, Any]:
+        """A, as librosa's arguments."""
         return {
             "sr": self.sample_rate, "n_mels": self.bands, "fmin": self.low, "fmax": self.high, "htk": self.htk,
             "norm": None if self.htk else "slaney",
         }  # fmt: skip
 
     def magnitudes(self, log_mel: FloatArray) -> FloatArray:
-        """(F, bands) -> |STFT| (1 + n_fft / 2, F), the non-negative least squares solution of the filters."""
-        require("librosa", "librosa", INSTALL)
-        import librosa
+        """(F, bands) -> |STFT| (1 + n_fft / 2, F): ``max(A^+ exp(x), 0)``.
 
-        filters = {name: value for name, value in self._filters.items() if name != "n_mels"}
-        magnitudes: FloatArray = librosa.feature.inverse.mel_to_stft(
-            np.exp(log_mel.T), n_fft=self.n_fft, power=1.0, **filters
-        )
+        The pseudo-inverse solves for the spectrogram exactly, and what lies below 0 is cut off. Non-negative least
+        squares (``librosa.feature.inverse.mel_to_stft``) sounds the same, and takes seconds for a second of sound.
+        """
+        require("librosa", "librosa", INSTALL)
+        magnitudes: FloatArray = np.maximum(_inverse(self) @ np.exp(log_mel.T), 0).astype(np.float32)
         return magnitudes
+
+
+@cache
+def _inverse(settings: MelSettings) -> FloatArray:
+    """A^+ (1 + n_fft / 2, bands)."""
+    import librosa
+
+    inverse: FloatArray = np.linalg.pinv(librosa.filters.mel(n_fft=settings.n_fft, **settings.filters))
+    return inverse

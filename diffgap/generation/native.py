@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from diffgap.generation.mel import MelSettings
+from diffgap.generation.latents import LatentSettings, MelAutoencoder, parse_settings
 from diffgap.generation.space import AudioSpace
 from diffgap.generation.trainer import GeneratorData, GeneratorRunConfig
 from diffgap.generation.vocoder import Vocoder, load_vocoder
@@ -21,6 +21,9 @@ __all__ = ["NativeGenerator", "bridge_of", "data_of", "load_generator"]
 
 FloatArray = npt.NDArray[np.float32]
 
+_TOGETHER = 32
+"""Sounds drawn at a time."""
+
 
 class NativeGenerator:
     """The :class:`~diffgap.generation.generator.Generator` of a :class:`MelGenerator` and a vocoder.
@@ -28,14 +31,28 @@ class NativeGenerator:
     Args:
         model: The generator.
         vocoder: Of the same spectrograms.
+        autoencoder: That of the latents, for a generator of latents.
+
+    Raises:
+        ValueError: A vocoder or an autoencoder that is not the generator's.
     """
 
-    def __init__(self, model: MelGenerator, vocoder: Vocoder) -> None:
-        self.model, self.vocoder = model.eval(), vocoder
-        self.settings = vocoder.settings
+    def __init__(self, model: MelGenerator, vocoder: Vocoder, autoencoder: MelAutoencoder | None = None) -> None:
+        self.model, self.vocoder, self.autoencoder = model.eval(), vocoder, autoencoder
+        self.drawn = parse_settings(model.config.mel)
+        self.settings = self.drawn.mel if isinstance(self.drawn, LatentSettings) else self.drawn
+        own = None if autoencoder is None else autoencoder.settings
+        if own != (self.drawn if isinstance(self.drawn, LatentSettings) else None):
+            given = own.description if own else "not given"
+            raise ValueError(
+                f"the generator draws {model.config.mel}, the autoencoder is {given}; give the one that its latents "
+                "were made with, and none for spectrograms"
+            )
+        if vocoder.settings != self.settings:
+            raise ValueError(f"the vocoder takes {vocoder.settings.description}, the generator gives {self.settings}")
         self.sample_rate = self.settings.sample_rate
         self.dim = model.config.condition_dim
-        typical = (model.config.typical_frames - 1) * self.settings.hop / self.sample_rate
+        typical = self.drawn.seconds(model.config.typical_frames)
         self.seconds = typical if typical > 0 else 5.0
 
     def check(self, space: AudioSpace) -> None:
@@ -56,8 +73,9 @@ class NativeGenerator:
         steps: int | None = None,
         guidance_scale: float | None = None,
         seed: int | Sequence[int] = 0,
+        captions: Sequence[str] | None = None,
     ) -> list[list[FloatArray]]:
-        """See :meth:`diffgap.generation.generator.Generator.generate`."""
+        """See :meth:`diffgap.generation.generator.Generator.generate`; captions are not read."""
         drawn = self.spectrograms(
             conditions, seconds, num_samples=num_samples, steps=steps, guidance_scale=guidance_scale, seed=seed
         )
@@ -77,18 +95,27 @@ class NativeGenerator:
         for one in seconds:
             if not 0 < one < float("inf"):
                 raise ValueError(f"seconds has {one}; use positive numbers")
-        lengths = torch.tensor([self.settings.frames(one) for one in seconds], dtype=torch.int64)
+        lengths = torch.tensor([self.drawn.frames(one) for one in seconds], dtype=torch.int64)
         by_row = [seed] * len(lengths) if isinstance(seed, int) else list(seed)
         if len(by_row) != len(lengths):
             raise ValueError(f"seed has {len(by_row)} numbers for {len(lengths)} sounds; pass one, or one for each")
         rows = [sample_seeds(num_samples, torch.Generator().manual_seed(one)) for one in by_row]
         seeds = torch.stack(rows) if rows else torch.zeros(0, num_samples, dtype=torch.int64)
         device = self.model.mean.device
-        mels = self.model.sample(
-            None if conditions is None else conditions.to(device), lengths, num_samples=num_samples, steps=steps,
-            guidance_scale=guidance_scale, seeds=seeds.to(device),
-        )  # fmt: skip
-        return [[mel[:length].cpu().numpy() for mel in drawn] for drawn, length in zip(mels, lengths, strict=True)]
+        found: list[list[FloatArray]] = [[] for _ in seconds]
+        # Like lengths together: a batch is as long as its longest.
+        for part in lengths.argsort(stable=True).split(max(1, _TOGETHER // num_samples)):
+            mels = self.model.sample(
+                None if conditions is None else conditions[part.to(conditions.device)].to(device), lengths[part],
+                num_samples=num_samples, steps=steps, guidance_scale=guidance_scale, seeds=seeds[part].to(device),
+            )  # fmt: skip
+            for row, drawn in zip(part.tolist(), mels.cpu().numpy(), strict=True):
+                found[row] = [self.spectrogram(mel[: int(lengths[row])], seconds[row]) for mel in drawn]
+        return found
+
+    def spectrogram(self, drawn: FloatArray, seconds: float) -> FloatArray:
+        """The log-mel spectrogram (frames, bands) behind what the generator draws."""
+        return drawn if self.autoencoder is None else self.autoencoder.decode(drawn)[: self.settings.frames(seconds)]
 
     def sound(self, log_mel: FloatArray, seconds: float) -> FloatArray:
         """What the vocoder makes of a spectrogram, no longer than ``seconds`` and within -1..1."""
@@ -97,19 +124,23 @@ class NativeGenerator:
         return wave / loudest if loudest > 1 else wave
 
 
-def load_generator(run: Path, *, vocoder: str = "griffin-lim", device: str = "cpu") -> NativeGenerator:
+def load_generator(
+    run: Path, *, vocoder: str = "griffin-lim", autoencoder: str = "", device: str = "cpu"
+) -> NativeGenerator:
     """The generator of a run folder of ``diffgap train-generator``, or of :meth:`MelGenerator.save_pretrained`.
 
     Raises:
         FileNotFoundError: Neither, or its training has not reached a validation yet.
-        ValueError: Weights that are damaged, or a vocoder of other spectrograms.
+        ValueError: Weights that are damaged, a vocoder or an autoencoder of other spectrograms.
     """
     folder = run if (run / "config.json").is_file() else run / "model"
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{run} holds no generator; train one with `diffgap train-generator {run}`")
     model = MelGenerator.from_pretrained(folder)
-    settings = MelSettings.parse(model.config.mel)
-    return NativeGenerator(model.to(device), load_vocoder(vocoder, settings))
+    drawn = parse_settings(model.config.mel)
+    mel = drawn.mel if isinstance(drawn, LatentSettings) else drawn
+    coder = MelAutoencoder(autoencoder, mel) if autoencoder else None
+    return NativeGenerator(model.to(device), load_vocoder(vocoder, mel), coder)
 
 
 def bridge_of(run: Path) -> tuple[str, str]:

@@ -105,12 +105,14 @@ def generate(
     steps: int | None = None,
     guidance_scale: float | None = None,
     seed: int = 0,
+    captions: Sequence[str] | None = None,
 ) -> list[list[FloatArray]]:
     """B x K waveforms of conditions (B, K, D), or of none. Sound k of row i has noise of its own."""
     count = len(seconds)
     each = [one for one in seconds for _ in range(num_samples)]
+    said = None if captions is None else [caption for caption in captions for _ in range(num_samples)]
     waves = generator.generate(
         None if conditions is None else conditions.flatten(0, 1), each, steps=steps, guidance_scale=guidance_scale,
-        seed=[seed + number for number in range(count * num_samples)],
+        seed=[seed + number for number in range(count * num_samples)], captions=said,
     )  # fmt: skip
     return [[one[0] for one in waves[row * num_samples : (row + 1) * num_samples]] for row in range(count)]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from diffgap.data.store import EmbeddingStore
+from diffgap.generation.latents import LatentSettings, parse_settings
 from diffgap.generation.mel import MelSettings
 from diffgap.generation.space import AudioSpace
 from diffgap.models.mel_generator import MelGenerator, MelGeneratorConfig
@@ -19,7 +20,7 @@ from diffgap.training.config import TrainConfig, YamlConfig
 from diffgap.training.loop import Report, TrainingLoop
 from diffgap.training.plan import derived_seed
 
-__all__ = ["GeneratorData", "GeneratorRunConfig", "GeneratorSettings", "GeneratorTrainer"]
+__all__ = ["GeneratorData", "GeneratorRunConfig", "GeneratorSettings", "GeneratorTrainer", "spectrogram_settings"]
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,7 @@ class GeneratorTrainer(TrainingLoop[MelGenerator]):
         self, config: GeneratorRunConfig, store: EmbeddingStore, folder: Path, *, report: Report | None = None
     ) -> None:
         self.config, data, settings = config, config.data, config.generator
-        mel = _mel_settings(store, data.mel)
+        mel = spectrogram_settings(store, data.mel)
         store = store.select(store.present(data.mel, data.condition))
         self.train_rows, self.val_rows = store.split("train"), store.split("val")
         super().__init__(config, config.train, folder, len(self.train_rows), report=report)
@@ -171,11 +172,14 @@ _SCORED_ROWS = 512
 """Validation rows that decide which model is kept."""
 
 
-def _mel_settings(store: EmbeddingStore, modality: str) -> MelSettings:
-    """The settings that a store's spectrograms were made with, from their encoder's fingerprint."""
+def spectrogram_settings(store: EmbeddingStore, modality: str) -> MelSettings | LatentSettings:
+    """What a store's spectrograms, or latents of them, are, from their encoder's fingerprint.
+
+    Raises ValueError for a modality that the store does not have, or that holds something else.
+    """
     if modality not in store.modalities:
         raise ValueError(f"data.mel is {modality!r}; the store has {', '.join(store.modalities)}: embed with --mel")
     kind, _, description = store.encoder(modality).partition(":")
-    if kind != "log-mel" or store.num_frames(modality) is None:
+    if kind not in ("log-mel", "latent-mel") or store.num_frames(modality) is None:
         raise ValueError(f"data.mel is {modality!r}, which holds no spectrograms; make them with `diffgap embed --mel`")
-    return MelSettings.parse(description)
+    return parse_settings(description)

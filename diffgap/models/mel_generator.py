@@ -8,7 +8,7 @@ time, the condition c and the number of frames n. With t, noise and target as in
 
 c enters as sqrt(D) c, with coordinates of order 1, and is hidden with probability ``condition_dropout``, for
 classifier-free guidance (arXiv 2207.12598).
-Latents of an autoencoder (C, F, M) are spectrograms too, of C * M bands.
+Latents of an autoencoder are spectrograms too (:mod:`diffgap.generation.latents`).
 """
 
 from collections.abc import Sequence
@@ -51,8 +51,8 @@ class MelGeneratorConfig:
     bands: int = 64
     """Mel bands of a frame."""
     mel: str = ""
-    """What the spectrograms are, :attr:`diffgap.generation.mel.MelSettings.description`, for whoever makes sound of
-    them."""
+    """What the spectrograms or latents are, the description of :class:`diffgap.generation.mel.MelSettings` or
+    :class:`diffgap.generation.latents.LatentSettings`, for whoever makes sound of them."""
     space: str = ""
     """What the conditions are, :attr:`diffgap.generation.space.AudioSpace.fingerprint`, so that no others are given."""
     typical_frames: int = 0
@@ -80,8 +80,8 @@ class MelGeneratorConfig:
     prediction: Prediction = "v_prediction"
     """What the network predicts."""
     min_snr_gamma: float = 0.0
-    """Gamma of the min-SNR weight of a noise level (arXiv 2303.09556); 0 weighs all levels alike. Min-SNR leaves next to
-    no weight to the noisiest levels, which are where the condition decides what a sound becomes."""
+    """Gamma of the min-SNR weight of a noise level (arXiv 2303.09556); 0 weighs all levels alike. Min-SNR leaves next
+    to no weight to the noisiest levels, which are where the condition decides what a sound becomes."""
     solver: str = "dpmpp"
     """Solver of :func:`diffgap.diffusion.build_solver`."""
     sampling_steps: int = 25

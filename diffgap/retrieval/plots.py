@@ -12,8 +12,8 @@ from matplotlib.figure import Figure
 from diffgap.retrieval.summary import Report, overall
 
 # Figures without pyplot: no window, and the caller's own choice of backend stays.
+_BASELINE = "#9aa5b1"
 _COLOURS = {
-    "baseline": "#9aa5b1",
     "heads (cosine)": "#4c78a8",
     "bridge": "#f2a154",
     "bridge + cosine": "#d1495b",
@@ -39,19 +39,24 @@ def recall(report: Report, path: Path) -> None:
     """R@5 of every method with its 95% interval, one panel a direction."""
     figure, axes = _grid(len(report.directions), 4.2, 2.9)
     for axis, name in zip(axes, report.directions, strict=True):
-        methods = [method for method, cells in report.metrics.items() if name in cells][::-1]
-        cells = [report.metrics[method][name]["R@5"] for method in methods]
-        centre = 100 * np.array([cell.estimate for cell in cells])
-        spread = 100 * np.array([[c.estimate - c.low for c in cells], [c.high - c.estimate for c in cells]])
-        colours = [_COLOURS.get(method, _COLOURS["baseline"]) for method in methods]
-        axis.barh(methods, centre, xerr=spread.clip(min=0), color=colours, error_kw={"lw": 1, "ecolor": "#333333"})
+        recall_axis(axis, report, name)
         axis.set_title(name, fontsize=10)
-        axis.set_xlabel("R@5, percent")
-        axis.tick_params(labelsize=8)
-        axis.spines[["top", "right"]].set_visible(False)
     figure.suptitle(f"Recall at 5 on {report.split}, {len(report.runs)} run(s), 95% intervals", fontsize=11)
     figure.tight_layout()
     _save(figure, path)
+
+
+def recall_axis(axis: Any, report: Report, name: str, baseline: str = _BASELINE, ink: str = "#333333") -> None:
+    """R@5 of every method in one direction with its 95% interval, as bars."""
+    methods = [method for method, cells in report.metrics.items() if name in cells][::-1]
+    cells = [report.metrics[method][name]["R@5"] for method in methods]
+    centre = 100 * np.array([cell.estimate for cell in cells])
+    spread = 100 * np.array([[c.estimate - c.low for c in cells], [c.high - c.estimate for c in cells]])
+    colours = [_COLOURS.get(method, baseline) for method in methods]
+    axis.barh(methods, centre, xerr=spread.clip(min=0), color=colours, error_kw={"lw": 1, "ecolor": ink})
+    axis.set_xlabel("R@5, percent")
+    axis.tick_params(labelsize=8)
+    axis.spines[["top", "right"]].set_visible(False)
 
 
 def gap(report: Report, path: Path) -> None:
@@ -62,7 +67,7 @@ def gap(report: Report, path: Path) -> None:
         basis = torch.linalg.svd(points - points.mean(0), full_matrices=False).Vh[:2].T
         query, gallery = report.directions[name].query, report.directions[name].gallery
         labels = (f"{query}", f"{query}, bridged", f"{gallery}")
-        colours = (_COLOURS["heads (cosine)"], _COLOURS["bridge + cosine"], _COLOURS["baseline"])
+        colours = (_COLOURS["heads (cosine)"], _COLOURS["bridge + cosine"], _BASELINE)
         for values, label, colour, marker in zip(sets, labels, colours, "oxs", strict=True):
             x, y = ((values.double() - points.mean(0)) @ basis).T.numpy()
             axis.scatter(x, y, s=12, c=colour, marker=marker, label=label, alpha=0.75, linewidths=0.8)

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from rich.box import SIMPLE
 from rich.markup import escape
@@ -14,11 +14,21 @@ from rich.table import Table
 
 from diffgap._files import atomic_folder
 from diffgap.retrieval.bootstrap import Interval
-from diffgap.retrieval.summary import ALL_DIRECTIONS, COMPARED, Report, overall
+from diffgap.retrieval.diagnostics import ModalityGap
+from diffgap.retrieval.summary import ALL_DIRECTIONS, COMPARED, Direction, Report, ScoringCost, Setting, overall
 
 COLUMNS = ("R@1", "R@5", "R@10", "mAP@10", "MRR", "MedR")
 COSTS = ("calls a query", "calls an item", "ms a query")
+FEW_STEPS = (
+    "Means over directions, percent; the gap is that between bridged queries and gallery, a mean over runs too. "
+    "Calls and milliseconds are of one embedding. Where the denoiser predicts x0, one step from pure noise gives "
+    "the conditional mean, whatever the seed if the schedule ends in noise alone; more steps draw a sample, and K "
+    "of them average back to it."
+)
 _GAP = ("centroid distance", "paired cosine", "unpaired cosine", "relative gap", "linear separability")
+
+#: Headings and rows of a table.
+Cells: TypeAlias = tuple[list[str], list[list[str]]]
 
 
 def _sizes(values: list[int]) -> str:
@@ -48,7 +58,7 @@ def _cost(report: Report, method: str) -> list[str]:
     return [str(cost.query_calls), str(cost.item_calls), f"{cost.milliseconds:.2g}"]
 
 
-def _names(report: Report) -> list[str]:
+def direction_names(report: Report) -> list[str]:
     """The mean over directions if any method has it, and each direction."""
     overall = [ALL_DIRECTIONS] if any(ALL_DIRECTIONS in found for found in report.metrics.values()) else []
     return [*overall, *report.directions]
@@ -66,7 +76,7 @@ def terminal_table(report: Report) -> Table:
     table.add_column("query -> gallery", no_wrap=True)
     for heading in ("R@1", "R@5", "R@10", "MRR", "MedR", "calls", "ms"):
         table.add_column(heading, justify="right", no_wrap=True)
-    for name in _names(report):
+    for name in direction_names(report):
         direction = report.directions.get(name)
         sizes = f"{_sizes(direction.queries)} in {_sizes(direction.gallery_sizes)}" if direction else ""
         table.add_section()
@@ -85,47 +95,64 @@ def markdown(report: Report) -> str:
     """The whole report as Markdown."""
     lines = [f"# Retrieval on the {report.split} split", ""]
     lines += [f"Runs: {', '.join(report.runs)}. " + "; ".join(f"{k} {v}" for k, v in report.settings.items()) + ".", ""]
-    lines += [
+    for remark in remarks(report):
+        lines += [remark, ""]
+    for name in direction_names(report):
+        lines += [f"## {name[0].upper()}{name[1:]}" if name == ALL_DIRECTIONS else f"## {name}", ""]
+        lines += [sizes(report, name), ""]
+        lines += markdown_table(*recall_table(report, name))
+        lines += markdown_table(*difference_table(report, name))
+    lines += ["## The modality gap (first run)", "", *markdown_table(*gap_table(report.gaps))]
+    if report.few_steps:
+        lines += ["## Few steps", "", FEW_STEPS, "", *markdown_table(*few_steps_table(report))]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def remarks(report: Report) -> list[str]:
+    """What there is to know before reading the tables."""
+    chosen = " Choices were made on this very split, which flatters what was chosen." if report.split == "val" else ""
+    return [
         "Percent with 95% intervals (bootstrap over concepts, queries of all runs pooled). Strict ranks: a tie counts "
-        "against the method."
-        + (" Choices were made on this very split, which flatters what was chosen." if report.split == "val" else ""),
-        "",
+        f"against the method.{chosen}",
         "Weights of each run, for all directions together, chosen on validation data unless they were given: "
         f"fusion {_weights(report.alphas)}"
         + (f"; likelihood ratio {_weights(report.betas)}" if report.betas else "")
         + ".",
-        "",
         "A call is one embedding through the denoiser once: for a query, and beforehand for a gallery item. "
         "Milliseconds are a query's share of all queries of a direction in one batch, from their embeddings to their "
         "best items: median over runs and directions.",
-        "",
     ]
-    for name in _names(report):
-        lines += [f"## {name[0].upper()}{name[1:]}" if name == ALL_DIRECTIONS else f"## {name}", ""]
-        if name in report.directions:
-            direction = report.directions[name]
-            lines += [f"{_sizes(direction.queries)} queries, {_sizes(direction.gallery_sizes)} in the gallery.", ""]
-        else:
-            lines += ["The mean over them, each counting the same; one draw of concepts for all.", ""]
-        lines += markdown_table(["method", *COLUMNS, *COSTS], (
-            [method, *(cell(by_direction[name], metric) for metric in COLUMNS), *_cost(report, method)]
-            for method, by_direction in report.metrics.items()
-            if name in by_direction
-        ))  # fmt: skip
-        lines += markdown_table(["difference", *COMPARED], (
-            [f"{one} - {other}", *(_difference(by_direction[name][metric]) for metric in COMPARED)]
-            for one, rivals in report.differences.items()
-            for other, by_direction in rivals.items()
-            if name in by_direction
-        ))  # fmt: skip
-    lines += _gaps(report)
-    if report.few_steps:
-        lines += _few_steps(report)
-    return "\n".join(lines).rstrip() + "\n"
 
 
 def _weights(values: Sequence[float]) -> str:
     return ", ".join(f"{value:g}" for value in values)
+
+
+def sizes(report: Report, name: str) -> str:
+    """What the numbers of one direction, or of all, are means over."""
+    if name not in report.directions:
+        return "The mean over them, each counting the same; one draw of concepts for all."
+    direction = report.directions[name]
+    return f"{_sizes(direction.queries)} queries, {_sizes(direction.gallery_sizes)} in the gallery."
+
+
+def recall_table(report: Report, name: str) -> Cells:
+    """Every method's recall and cost in one direction, or in all."""
+    return ["method", *COLUMNS, *COSTS], [
+        [method, *(cell(by_direction[name], metric) for metric in COLUMNS), *_cost(report, method)]
+        for method, by_direction in report.metrics.items()
+        if name in by_direction
+    ]
+
+
+def difference_table(report: Report, name: str) -> Cells:
+    """Each scoring less the heads alone and less each baseline."""
+    return ["difference", *COMPARED], [
+        [f"{one} - {other}", *(_difference(by_direction[name][metric]) for metric in COMPARED)]
+        for one, rivals in report.differences.items()
+        for other, by_direction in rivals.items()
+        if name in by_direction
+    ]
 
 
 def markdown_table(headings: Sequence[str], rows: Any) -> list[str]:
@@ -134,53 +161,31 @@ def markdown_table(headings: Sequence[str], rows: Any) -> list[str]:
     return [f"| {' | '.join(headings)} |", "|---" * len(headings) + "|", *found, ""] if found else []
 
 
-def _gaps(report: Report) -> list[str]:
-    return [
-        "## The modality gap (first run)",
-        "",
-        *markdown_table(
-            ["direction", "queries", *_GAP],
-            (
-                [name, label, *(f"{asdict(gap)[heading.replace(' ', '_')]:.3f}" for heading in _GAP)]
-                for name, gaps in report.gaps.items()
-                for label, gap in zip(("as they are", "bridged"), gaps, strict=True)
-            ),
-        ),
+def gap_table(gaps: Mapping[str, tuple[ModalityGap, ModalityGap]]) -> Cells:
+    """Of each direction, the gap before and after bridging its queries."""
+    return ["direction", "queries", *_GAP], [
+        [name, label, *(f"{asdict(gap)[heading.replace(' ', '_')]:.3f}" for heading in _GAP)]
+        for name, both in gaps.items()
+        for label, gap in zip(("as they are", "bridged"), both, strict=True)
     ]
 
 
-def _few_steps(report: Report) -> list[str]:
-    """The table of steps and samples."""
+def few_steps_table(report: Report) -> Cells:
+    """Recall, cost and gap at every number of steps and samples."""
     methods = list(report.few_steps[0].metrics)
     gap = list(report.few_steps[0].gap)
-    return [
-        "## Few steps",
-        "",
-        "Means over directions, percent; the gap is that between bridged queries and gallery, a mean over runs too. "
-        "Calls and milliseconds are of one embedding. Where the denoiser predicts x0, one step from pure noise gives "
-        "the conditional mean, whatever the seed if the schedule ends in noise alone; more steps draw a sample, and K "
-        "of them average back to it.",
-        "",
-        *markdown_table(
-            [
-                "steps", "K", "solver", "calls", "ms",
-                *(f"{method} {metric}" for method in methods for metric in COMPARED),
-                *(name.replace("_", " ") for name in gap),
-            ],
-            (
-                [
-                    str(tried.steps), str(tried.num_samples), tried.solver, str(tried.calls),
-                    f"{tried.milliseconds:.2g}",
-                    *(
-                        cell(overall(tried.metrics[method]), metric)
-                        for method in methods
-                        for metric in COMPARED
-                    ),
-                    *(f"{tried.gap[name]:.3f}" for name in gap),
-                ]
-                for tried in report.few_steps
-            ),
-        ),
+    headings = [
+        "steps", "K", "solver", "calls", "ms",
+        *(f"{method} {metric}" for method in methods for metric in COMPARED),
+        *(name.replace("_", " ") for name in gap),
+    ]  # fmt: skip
+    return headings, [
+        [
+            str(tried.steps), str(tried.num_samples), tried.solver, str(tried.calls), f"{tried.milliseconds:.2g}",
+            *(cell(overall(tried.metrics[method]), metric) for method in methods for metric in COMPARED),
+            *(f"{tried.gap[name]:.3f}" for name in gap),
+        ]
+        for tried in report.few_steps
     ]  # fmt: skip
 
 
@@ -202,6 +207,41 @@ def as_json(report: Report) -> dict[str, Any]:
         "trajectory": report.trajectory,
         "few_steps": [{**vars(tried), "metrics": plain(tried.metrics)} for tried in report.few_steps],
     }
+
+
+def from_json(path: Path) -> Report:
+    """The report behind a report.json, without the embeddings.
+
+    Raises:
+        ValueError: Another file, or one of another version.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return Report(
+            **{
+                **content,
+                "directions": {name: Direction(**one) for name, one in content["directions"].items()},
+                "metrics": _intervals(content["metrics"]),
+                "differences": _intervals(content["differences"]),
+                "costs": {name: ScoringCost(**cost) for name, cost in content["costs"].items()},
+                "gaps": {
+                    name: (ModalityGap(**both["before"]), ModalityGap(**both["after"]))
+                    for name, both in content["gaps"].items()
+                },
+                "few_steps": [
+                    Setting(**{**tried, "metrics": _intervals(tried["metrics"])}) for tried in content["few_steps"]
+                ],
+            }
+        )
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{path} is no report of `diffgap eval` ({error!r}); evaluate again") from error
+
+
+def _intervals(found: Any) -> Any:
+    """The inverse of :func:`plain`."""
+    if isinstance(found, Mapping):
+        return {name: _intervals(value) for name, value in found.items()}
+    return Interval(*found)
 
 
 def plain(found: Any) -> Any:

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from diffgap.data.store import EmbeddingStore, write_store
 from diffgap.diagnose import Diagnosis, DiagnosticsCallback, Finding
-from diffgap.diagnose.report import advice, markdown, write_report
+from diffgap.diagnose.report import advice, as_json, from_json, markdown, write_report
 from diffgap.models.bridge import DiffGAP
 from diffgap.training.config import DataConfig, RunConfig, TrainConfig
 from diffgap.training.trainer import Trainer
@@ -169,3 +169,14 @@ def test_a_broken_bridge_is_counted() -> None:
     logged = DiagnosticsCallback()(bridge.eval(), as_store(arrays).split("val"), 1)
     assert logged["diagnose/bad"] >= 2
     assert logged["diagnose/condition/audio -> text/gain_over_shuffled"] == pytest.approx(0, abs=0.02)
+
+
+def test_a_report_is_read_back(tmp_path: Path) -> None:
+    finding = Finding("gap", "text -> audio", "warn", {"gain": 0.5}, "t", "r", "f", ("a", "b"), {"cosine": [0.1, 0.2]})
+    found = Diagnosis("run x", "val", (finding,))
+    file = tmp_path / "report.json"
+    file.write_text(json.dumps(as_json(found)))
+    assert from_json(file) == found
+    file.write_text('{"findings": [{"check": "gap"}]}')
+    with pytest.raises(ValueError, match="is no report of `diffgap diagnose`"):
+        from_json(file)

@@ -47,10 +47,15 @@ class TestFigures:
             "frechet_distance": frechet_distance(*features),
             "kernel_distance": kernel_distance(*features),
         }
+        units = [rows / np.linalg.norm(rows, axis=1, keepdims=True) for rows in features]
+        cosines = units[0] @ units[1].T
+        ranks = (cosines >= cosines.diagonal()[:, None]).sum(1)
+        expected |= {f"recording_R@{k}": (ranks <= k).mean() for k in (1, 5, 10)}
+        expected |= {"recording_MRR": (1 / ranks).mean(), "recording_cosine": cosines.diagonal().mean()}
         assert {figure.metric: figure.estimate for figure in report.figures} == pytest.approx(expected, rel=1e-6)
         for figure in report.figures:
             assert figure.low is not None and figure.high is not None
-            assert figure.low < figure.high
+            assert figure.low < figure.high or expected[figure.metric] in (0, 1)
             assert (figure.backbone, figure.sample_rate, figure.generated, figure.resamples) == ("toy", RATE, 12, 20)
             assert figure.against == (0 if figure.metric == "inception_score" else 12)
         biased = {figure.metric for figure in report.figures if figure.bias is not None}
@@ -58,6 +63,8 @@ class TestFigures:
         assert report.notes == (
             "clap_score was not computed: there are no conditions.",
             "recall was not computed: there are no conditions.",
+            "label_agreement was not computed: there are no labels.",
+            "mel_distance was not computed: backbone toy gives no mel.",
         )
 
     def test_files_waveforms_and_folders_are_one(self, tmp_path: Path) -> None:
@@ -106,10 +113,9 @@ class TestFigures:
     def test_two_backbones(self) -> None:
         second = Spectral("other", outputs=["features"])
         report = evaluate(tones(8, seed=0), tones(8, seed=1), backbones=[Spectral(), second])
-        assert {figure.metric for figure in report.figures if figure.backbone == "other"} == {
-            "frechet_distance",
-            "kernel_distance",
-        }
+        by_logits = {"inception_score", "kl_softmax", "kl_sigmoid"}
+        first, other = ({f.metric for f in report.figures if f.backbone == name} for name in ("toy", "other"))
+        assert first - other == by_logits and other < first
         assert "kl_softmax was not computed: backbone other gives no logits." in report.notes
         with pytest.raises(KeyError, match="2 figures of frechet_distance"):
             report.figure("frechet_distance")

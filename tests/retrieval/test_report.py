@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +11,7 @@ from rich.console import Console
 from diffgap.retrieval import plots
 from diffgap.retrieval.bootstrap import Interval
 from diffgap.retrieval.diagnostics import ModalityGap
-from diffgap.retrieval.report import as_json, check_output, markdown, terminal_table, write_report
+from diffgap.retrieval.report import as_json, check_output, from_json, markdown, terminal_table, write_report
 from diffgap.retrieval.summary import ALL_DIRECTIONS, Direction, Report, ScoringCost, Setting
 
 
@@ -134,3 +134,19 @@ def test_a_failed_report_leaves_the_earlier_one(
         write_report(report, tmp_path / "eval")
     assert {path.name: path.read_bytes() for path in (tmp_path / "eval").iterdir()} == before
     assert [path.name for path in tmp_path.iterdir()] == ["eval"]
+
+
+def test_from_json_gives_the_report_back_but_for_its_embeddings(report: Report, tmp_path: Path) -> None:
+    file = tmp_path / "report.json"
+    file.write_text(json.dumps(as_json(report)))
+    found = from_json(file)
+    assert found == replace(report, embeddings={})
+    assert markdown(found) == markdown(report)
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"subject": "run"}', b"\xff\xfe"])
+def test_from_json_refuses_other_files(content: str | bytes, tmp_path: Path) -> None:
+    file = tmp_path / "report.json"
+    file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ValueError, match="is no report of `diffgap eval`"):
+        from_json(file)

@@ -23,8 +23,11 @@ For figures on ``audioldm_eval``'s scale the logits are those before the sigmoid
 from __future__ import annotations
 
 import importlib
+import os
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Protocol, TypeAlias, get_args
+from urllib.parse import parse_qsl
 
 import numpy as np
 import numpy.typing as npt
@@ -32,10 +35,19 @@ import numpy.typing as npt
 from diffgap.data.media import Reader
 from diffgap.encoders import Encoder
 
-__all__ = ["Backbone", "Described", "EncoderBackbone", "Output", "describe", "load_backbone"]
+__all__ = [
+    "Backbone",
+    "Described",
+    "EncoderBackbone",
+    "Output",
+    "build_backbone",
+    "classes_of",
+    "describe",
+    "load_backbone",
+]
 
 FloatArray = npt.NDArray[np.float32]
-Output: TypeAlias = Literal["features", "logits"]
+Output: TypeAlias = Literal["features", "logits", "mel"]
 Described: TypeAlias = Mapping[str, FloatArray]
 
 
@@ -47,7 +59,7 @@ class Backbone(Protocol):
         sample_rate: Of the waveforms it takes, in Hz.
         fingerprint: Changes whenever weights, preparation or pooling do; figures of two fingerprints never meet.
         space: As of :class:`~diffgap.encoders.Encoder`: what its features share with conditions, "" for nothing.
-        outputs: Which of "features" and "logits" it gives.
+        outputs: Which of "features", "logits" and "mel" it gives.
         reader: Decodes a file into the waveform it takes; its ``description`` is the preparation.
     """
 
@@ -60,6 +72,9 @@ class Backbone(Protocol):
 
     def __call__(self, waveforms: Sequence[FloatArray]) -> Sequence[Described]:
         """For each waveform "features", (D,) or a row a frame (T, D), and "logits", (C,), before softmax or sigmoid.
+
+        "mel" is what :class:`~diffgap.generation.metrics.mel.MelStatistics` gives. A backbone whose logits belong to
+        named classes has their names in an attribute ``classes``; ``label_agreement`` needs them.
 
         Waveforms are what ``reader`` gives, (samples,) float32, and differ in length. What is said of a clip depends on
         that clip alone.
@@ -100,6 +115,38 @@ class EncoderBackbone:
         return [{"features": row} for row in encoded]
 
 
+#: What audio encoders of :mod:`diffgap.encoders.registry` begin with.
+_ENCODERS = ("offline", "transformers", "open-clip", "laion-clap")
+
+
+def build_backbone(spec: str, device: str = "cpu") -> Backbone:
+    """The backbone that the command line calls ``spec``.
+
+    ``mel`` (spectra, without weights); an audio encoder of :mod:`diffgap.encoders.registry` (``offline``,
+    ``offline:aisfx``, ``laion-clap:FILE`` ...); or ``package.module:Name?option=value``, found in the working folder
+    too, as of :func:`load_backbone`, with its options as strings.
+
+    Raises:
+        ValueError: a spec that names none, or options that it does not have.
+        ModuleNotFoundError: a module, or a package that the encoder needs, is not there.
+    """
+    from diffgap.encoders.registry import build_encoder
+    from diffgap.generation.metrics.mel import MelStatistics
+
+    name, _, query = spec.partition("?")
+    if spec == "mel":
+        return MelStatistics()
+    if name.partition(":")[0] in _ENCODERS:
+        return EncoderBackbone(build_encoder("audio", spec, device))
+    try:
+        options = dict(parse_qsl(query, keep_blank_values=True, strict_parsing=bool(query)))
+    except ValueError:
+        raise ValueError(f"options of backbone {spec!r} must read name=value&name=value") from None
+    if (folder := os.getcwd()) not in sys.path:
+        sys.path.append(folder)  # the command is run beside the file, but is not in its folder itself
+    return load_backbone(name, **options)
+
+
 def load_backbone(spec: str, **options: Any) -> Backbone:
     """Makes the backbone, or the audio encoder, that ``package.module:Name`` names, with ``options``.
 
@@ -121,6 +168,11 @@ def load_backbone(spec: str, **options: Any) -> Backbone:
         raise ValueError(f"{spec} is no backbone: it lacks {', '.join(lacking) or '__call__'}")
     backbone: Backbone = made
     return backbone
+
+
+def classes_of(backbone: Backbone) -> tuple[str, ...]:
+    """Names of the logits; none where the backbone does not say them."""
+    return tuple(getattr(backbone, "classes", ()))
 
 
 def describe(backbone: Backbone, waveforms: Sequence[FloatArray], names: Sequence[str]) -> list[dict[str, FloatArray]]:

@@ -129,6 +129,11 @@ class ClassifierBackbone:
 
     outputs: frozenset[Output] = frozenset({"features", "logits"})
 
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the logits."""
+        return self.classifier.classes
+
     def __init__(self, backbone: Backbone, classifier: LinearClassifier) -> None:
         if classifier.features != backbone.fingerprint:
             raise ValueError(

@@ -17,7 +17,7 @@ from scipy.io import wavfile
 
 from diffgap.data.media import MediaError, Reader, Source
 
-__all__ = ["AUDIO_SUFFIXES", "Audio", "Broken", "Clip", "digest", "list_clips", "read_clip", "unpaired"]
+__all__ = ["AUDIO_SUFFIXES", "Audio", "Broken", "Clip", "clip_of", "digest", "list_clips", "read_clip", "unpaired"]
 
 #: A folder, files, or waveforms (samples,) by name (or in order, named by their number).
 Audio: TypeAlias = (
@@ -78,7 +78,12 @@ def list_clips(argument: str, audio: Audio, sample_rate: int | None = None) -> l
     twice = sorted({a for a, b in pairwise(names) if a == b})
     if twice:
         raise ValueError(f"{argument} holds several clips of one name, {some(twice)}; clips are told apart by it")
-    return [Clip(name, source, _sha256(source)) for name, source in sources]
+    return [clip_of(name, source) for name, source in sources]
+
+
+def clip_of(name: str, source: Source) -> Clip:
+    """A clip with the digest of its bytes."""
+    return Clip(name, source, _sha256(source))
 
 
 def unpaired(first: str, a: Sequence[str], second: str, b: Sequence[str]) -> str:

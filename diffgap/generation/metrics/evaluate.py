@@ -2,30 +2,25 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TypeAlias
 
 import numpy as np
-import numpy.typing as npt
 
-from diffgap.data.media import MediaError
-from diffgap.generation.metrics.backbone import Backbone, describe
+from diffgap.generation.metrics.backbone import Backbone, classes_of
 from diffgap.generation.metrics.cache import FeatureCache
-from diffgap.generation.metrics.clips import Audio, Broken, Clip, digest, list_clips, read_clip, some, unpaired
+from diffgap.generation.metrics.clips import Audio, Clip, digest, list_clips, some, unpaired
 from diffgap.generation.metrics.conditions import Conditions
+from diffgap.generation.metrics.describing import Found, describe_sets
 from diffgap.generation.metrics.measures import MEASURES, Evidence, Result
 from diffgap.generation.metrics.report import AudioReport, Figure
 from diffgap.generation.metrics.resampling import check_options
 
 __all__ = ["evaluate_audio"]
 
-#: For each set, what a backbone said of each of its clips.
-_Found: TypeAlias = list[dict[str, dict[str, npt.NDArray[np.float32]]]]
-
 _SETS = ("generated", "reference")
-_BATCH = 16
 
 
 def evaluate_audio(
@@ -34,6 +29,7 @@ def evaluate_audio(
     *,
     backbones: Backbone | Sequence[Backbone],
     conditions: Conditions | None = None,
+    labels: Mapping[str, str] | None = None,
     metrics: Sequence[str] | None = None,
     sample_rate: int | None = None,
     splits: int = 10,
@@ -53,6 +49,8 @@ def evaluate_audio(
         generated, reference: A folder (sound files at any depth), a list of files, or waveforms (samples,) by name.
         backbones: One or more; see :mod:`diffgap.generation.metrics.backbone`.
         conditions: A vector for each generated clip, for ``clap_score`` and ``recall``.
+        labels: The class that each generated clip should be of, by its name, for ``label_agreement`` on backbones that
+            name their classes.
         metrics: Of ``MEASURES``; by default all that the backbone's outputs and the given sets allow, with a note on
             those they do not.
         sample_rate: Of waveforms, in Hz.
@@ -77,9 +75,9 @@ def evaluate_audio(
     sets = [list_clips("generated", generated, sample_rate)]
     if reference is not None:
         sets.append(list_clips("reference", reference, sample_rate))
-    plans, notes = _plan(networks, sets, conditions, metrics, splits)
+    plans, notes = _plan(networks, sets, conditions, labels, metrics, splits)
     store = FeatureCache(cache)
-    described, broken = _describe(networks, sets, store, skip_broken)
+    described, broken = describe_sets(networks, dict(zip(_SETS, sets, strict=False)), store, skip_broken)
     bad = [{one.name for one in broken if one.set == label} for label in _SETS]
     paired = len(sets) > 1 and not _mismatch(sets)
     left_out = []
@@ -90,12 +88,12 @@ def evaluate_audio(
     for label, clips in zip(_SETS, sets, strict=False):
         if not clips:
             raise ValueError(f"no clip of the {label} set can be evaluated: {some([one.message for one in broken], 3)}")
-    about = Evidence((), (), paired, splits=splits, confidence=confidence, resamples=resamples, seed=seed)
+    about = Evidence((), (), paired=paired, splits=splits, confidence=confidence, resamples=resamples, seed=seed)
     figures: list[Figure] = []
     for network, found in zip(networks, described, strict=True):
-        evidence = _evidence(about, network, found, sets, conditions)
+        evidence = _evidence(about, network, found, sets, conditions, labels)
         for metric in plans[network.name]:
-            against = _digest_against(metric, sets, conditions)
+            against = _digest_against(metric, sets, conditions, labels)
             results = MEASURES[metric].compute(evidence)
             figures += [_figure(network, metric, result, evidence, against) for result in results]
     return AudioReport(
@@ -107,6 +105,7 @@ def _plan(
     networks: list[Backbone],
     sets: list[list[Clip]],
     conditions: Conditions | None,
+    labels: Mapping[str, str] | None,
     metrics: Sequence[str] | None,
     splits: int,
 ) -> tuple[dict[str, list[str]], tuple[str, ...]]:
@@ -116,10 +115,11 @@ def _plan(
     unknown = sorted(set(metrics or ()) - set(MEASURES))
     if unknown:
         raise ValueError(f"unknown metrics {', '.join(unknown)}; there are {', '.join(MEASURES)}")
-    if conditions is not None:
-        lacking = unpaired("generated", _names(sets[0]), "conditions", list(conditions.vectors))
+    given = {"condition": None if conditions is None else conditions.vectors, "label": labels}
+    for kind, of_clips in given.items():
+        lacking = "" if of_clips is None else unpaired("generated", _names(sets[0]), f"{kind}s", list(of_clips))
         if lacking:
-            raise ValueError(f"each clip needs its condition: {lacking}")
+            raise ValueError(f"each clip needs its {kind}: {lacking}")
     # Sets that share no name were never meant as pairs; of some shared and some not, names are mistaken.
     shared = len(sets) > 1 and set(_names(sets[0])) & set(_names(sets[1]))
     wanted = {"kl_softmax", "kl_sigmoid"} & set(MEASURES if metrics is None else metrics)
@@ -129,7 +129,9 @@ def _plan(
     plans: dict[str, list[str]] = {}
     reasons: dict[str, dict[str, str]] = {}
     for metric in dict.fromkeys(metrics or MEASURES):
-        reasons[metric] = {network.name: _lacking(metric, network, sets, conditions, splits) for network in networks}
+        reasons[metric] = {
+            network.name: _lacking(metric, network, sets, conditions, labels, splits) for network in networks
+        }
         able = [network.name for network in networks if not reasons[metric][network.name]]
         if metrics is not None and not able:
             raise ValueError(f"{metric} cannot be computed: {'; '.join(dict.fromkeys(reasons[metric].values()))}")
@@ -146,7 +148,14 @@ def _plan(
     return {network.name: plans.get(network.name, []) for network in networks}, notes
 
 
-def _lacking(metric: str, network: Backbone, sets: list[list[Clip]], conditions: Conditions | None, splits: int) -> str:
+def _lacking(
+    metric: str,
+    network: Backbone,
+    sets: list[list[Clip]],
+    conditions: Conditions | None,
+    labels: Mapping[str, str] | None,
+    splits: int,
+) -> str:
     """Why ``network`` cannot give that metric; "" if it can."""
     measure = MEASURES[metric]
     if measure.output not in network.outputs:
@@ -162,11 +171,21 @@ def _lacking(metric: str, network: Backbone, sets: list[list[Clip]], conditions:
             return "there are no conditions"
         if conditions.space != network.space:
             return f"conditions are in space {conditions.space}, backbone {network.name} in {network.space or 'none'}"
+    if measure.against == "labels":
+        if labels is None:
+            return "there are no labels"
+        if not classes_of(network):
+            return f"backbone {network.name} names no classes"
     return ""
 
 
-def _digest_against(metric: str, sets: list[list[Clip]], conditions: Conditions | None) -> str:
+def _digest_against(
+    metric: str, sets: list[list[Clip]], conditions: Conditions | None, labels: Mapping[str, str] | None
+) -> str:
     against = MEASURES[metric].against
+    if against == "labels" and labels is not None:
+        named = "\n".join(f"{name} {labels[name]}" for name in _names(sets[0]))
+        return hashlib.sha256(named.encode()).hexdigest()
     if against == "conditions" and conditions is not None:
         return conditions.digest
     return digest(sets[1]) if against in ("reference", "pairs") else ""
@@ -180,46 +199,13 @@ def _mismatch(sets: list[list[Clip]]) -> str:
     return unpaired("generated", _names(sets[0]), "reference", _names(sets[1]))
 
 
-def _describe(
-    networks: list[Backbone], sets: list[list[Clip]], store: FeatureCache, skip_broken: bool
-) -> tuple[list[_Found], list[Broken]]:
-    """What each backbone says of each set, and the clips of which it cannot say anything.
-
-    Once a clip is found broken and not to be skipped the others are only read, so that the error names them all.
-    """
-    broken: dict[tuple[str, str], Broken] = {}
-    everything: list[_Found] = []
-    for network in networks:
-        everything.append([])
-        for label, clips in zip(_SETS, sets, strict=False):
-            found: dict[str, dict[str, npt.NDArray[np.float32]]] = {}
-            for start in range(0, len(clips), _BATCH):
-                new: list[tuple[Clip, npt.NDArray[np.float32]]] = []
-                for clip in clips[start : start + _BATCH]:
-                    kept = store.get(clip, network)
-                    if kept is not None:
-                        found[clip.name] = kept
-                        continue
-                    try:
-                        new.append((clip, read_clip(clip, network.reader)))
-                    except MediaError as error:
-                        broken.setdefault((label, clip.name), Broken(label, clip.name, error.reason, str(error)))
-                if new and (skip_broken or not broken):
-                    said = describe(network, [wave for _, wave in new], [clip.name for clip, _ in new])
-                    for (clip, _), values in zip(new, said, strict=True):
-                        store.put(clip, network, values)
-                        found[clip.name] = values
-            everything[-1].append(found)
-        if broken and not skip_broken:
-            lines = [f"{one.set}/{one.name} ({one.reason})" for one in broken.values()]
-            raise ValueError(
-                f"{len(lines)} clips cannot be evaluated: {some(lines)}; mend them, or pass skip_broken=True"
-            )
-    return everything, list(broken.values())
-
-
 def _evidence(
-    about: Evidence, network: Backbone, found: _Found, sets: list[list[Clip]], conditions: Conditions | None
+    about: Evidence,
+    network: Backbone,
+    found: Found,
+    sets: list[list[Clip]],
+    conditions: Conditions | None,
+    labels: Mapping[str, str] | None,
 ) -> Evidence:
     said = [[given[clip.name] for clip in clips] for given, clips in zip(found, sets, strict=True)]
     for output in sorted(network.outputs):
@@ -228,8 +214,13 @@ def _evidence(
             raise ValueError(f"backbone {network.name} gave {output} of widths {', '.join(map(str, widths))}")
     first = said[0][0]
     features = [[np.asarray(one["features"], np.float64) for one in clips] for clips in said if "features" in first]
-    logits = [np.stack([one["logits"] for one in clips]).astype(np.float64) for clips in said if "logits" in first]
-    evidence = replace(about, features=features, logits=logits)
+    logits, mel = (
+        [np.stack([one[output] for one in clips]).astype(np.float64) for clips in said if output in first]
+        for output in ("logits", "mel")
+    )
+    evidence = replace(about, features=features, logits=logits, mel=mel, classes=classes_of(network))
+    if labels is not None:
+        evidence = replace(evidence, labels=[labels[clip.name] for clip in sets[0]])
     if conditions is None:
         return evidence
     row = {name: number for number, name in enumerate(sorted(conditions.vectors))}
@@ -246,7 +237,7 @@ def _figure(network: Backbone, metric: str, result: Result, evidence: Evidence, 
         fingerprint=network.fingerprint,
         preparation=network.reader.description,
         sample_rate=network.sample_rate,
-        generated=len(evidence.logits[0] if MEASURES[metric].output == "logits" else evidence.features[0]),
+        generated=len(getattr(evidence, MEASURES[metric].output)[0]),
         against=result.against,
         reference=reference,
         settings=result.settings,

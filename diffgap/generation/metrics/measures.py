@@ -1,4 +1,9 @@
-"""From what a backbone says of the clips to each metric, its interval and its settings."""
+"""From what a backbone says of the clips to each metric, its interval and its settings.
+
+``recording_cosine`` and ``recording_recall`` hold a generated clip against its own recording, and that among all
+recordings, by the cosine of the backbone's features (their mean over frames): what it was generated from, where the
+backbone is the generator's own audio encoder.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal, TypeAlias
 
 import numpy as np
+from torch import Tensor
 
 from diffgap.generation.metrics._rows import Floats
 from diffgap.generation.metrics.backbone import Output
@@ -16,6 +22,7 @@ from diffgap.generation.metrics.distances import (
     frechet_of_rows,
     median_distance,
 )
+from diffgap.generation.metrics.mel import mel_distances
 from diffgap.generation.metrics.resampling import Index, half_sampled
 from diffgap.generation.metrics.scores import EPS, Form, clap_scores, generated_ranks, inception_score, kl_divergences
 from diffgap.retrieval.bootstrap import Interval, bootstrap
@@ -38,15 +45,19 @@ _TOO_FEW = f"under {_LEAST} clips"
 class Evidence:
     """What one backbone says of the generated clips and, if there is one, the reference; and how it is weighed.
 
-    ``features`` are (T, D) a clip, ``logits`` (N, C) a set, or empty. Where ``paired``, clip i of both sets
-    belongs together. ``conditions`` (M, D) are all conditions and ``own`` (N,) the row of each clip's own.
+    ``features`` are (T, D) a clip, ``logits`` (N, C) and ``mel`` (N, 2 M) a set, or empty. Where ``paired``, clip i of
+    both sets belongs together. ``conditions`` (M, D) are all conditions and ``own`` (N,) the row of each clip's own.
+    ``classes`` (C,) name the logits, ``labels`` (N,) are the classes that the clips should be of.
     """
 
     features: Sequence[list[Floats]]
     logits: Sequence[Floats]
+    mel: Sequence[Floats] = ()
     paired: bool = False
     conditions: Floats | None = None
     own: Index | None = None
+    classes: Sequence[str] = ()
+    labels: Sequence[str] = ()
     splits: int = 10
     confidence: float = 0.95
     resamples: int = 200
@@ -73,7 +84,7 @@ class Measure:
     """A metric: what it is computed from, and which end is good."""
 
     output: Output
-    against: Literal["nothing", "reference", "pairs", "conditions"]
+    against: Literal["nothing", "reference", "pairs", "conditions", "labels"]
     better: Literal["higher", "lower"]
     compute: Callable[[Evidence], Iterator[Result]]
 
@@ -135,10 +146,46 @@ def _recall(evidence: Evidence) -> Iterator[Result]:
     assert evidence.conditions is not None and evidence.own is not None
     gallery, codes = np.unique(evidence.conditions, axis=0, return_inverse=True)
     ids = codes.reshape(-1)[evidence.own]
-    ranks = generated_ranks(_pooled(evidence), gallery, ids, np.arange(len(gallery)))
+    yield from _recalls(
+        "", generated_ranks(_pooled(evidence), gallery, ids, np.arange(len(gallery))), evidence, gallery
+    )
+
+
+def _recalls(prefix: str, ranks: Tensor, evidence: Evidence, gallery: Floats) -> Iterator[Result]:
     for name, values in per_query_metrics(ranks).items():
         if name in ("R@1", "R@5", "R@10", "MRR"):
-            yield _mean(name, values.numpy(), len(gallery), evidence, {})
+            yield _mean(prefix + name, values.numpy(), len(gallery), evidence, {})
+
+
+def _mel_distance(evidence: Evidence) -> Iterator[Result]:
+    values = mel_distances(*evidence.mel)
+    yield _mean("mel_distance", values, len(values), evidence, {"unit": "dB"})
+
+
+def _label_agreement(evidence: Evidence) -> Iterator[Result]:
+    """Share of clips that the classifier finds to be of their label, the first class in a tie."""
+    wanted = np.asarray(evidence.labels)
+    values = (np.asarray(evidence.classes)[evidence.logits[0].argmax(1)] == wanted).astype(np.float64)
+    names, counts = np.unique(wanted, return_counts=True)
+    details: Settings = {
+        "chance": f"{counts.max() / len(wanted):.3g}, by always saying {str(names[counts.argmax()])!r}"
+    }
+    if unknown := sorted(set(wanted) - set(evidence.classes)):
+        missed = int(np.isin(wanted, unknown).sum())
+        details["unknown"] = f"{missed} clips are of labels that the classifier lacks, and count as wrong"
+    yield replace(_mean("label_agreement", values, len(names), evidence, {}), details=details)
+
+
+def _recording_cosine(evidence: Evidence) -> Iterator[Result]:
+    values = clap_scores(*map(_averaged, evidence.features))
+    yield _mean("recording_cosine", values, len(values), evidence, {})
+
+
+def _recording_recall(evidence: Evidence) -> Iterator[Result]:
+    recordings = _averaged(evidence.features[1])
+    yield from _recalls(
+        "recording_", generated_ranks(_averaged(evidence.features[0]), recordings), evidence, recordings
+    )
 
 
 #: The metrics, by name.
@@ -150,6 +197,10 @@ MEASURES: dict[str, Measure] = {
     "kernel_distance": Measure("features", "reference", "lower", _kernel_distance),
     "clap_score": Measure("features", "conditions", "higher", _clap_score),
     "recall": Measure("features", "conditions", "higher", _recall),
+    "recording_cosine": Measure("features", "pairs", "higher", _recording_cosine),
+    "recording_recall": Measure("features", "pairs", "higher", _recording_recall),
+    "label_agreement": Measure("logits", "labels", "higher", _label_agreement),
+    "mel_distance": Measure("mel", "pairs", "lower", _mel_distance),
 }
 
 
@@ -200,3 +251,8 @@ def _pooled(evidence: Evidence) -> Floats:
     if any(len(rows) != 1 for rows in generated):
         raise ValueError("clap_score and recall need a backbone with one vector a clip; this one gives frames")
     return np.concatenate(generated)
+
+
+def _averaged(clips: Sequence[Floats]) -> Floats:
+    """(N, D), the mean over each clip's frames."""
+    return np.stack([rows.mean(0) for rows in clips])

@@ -8,6 +8,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -112,28 +113,32 @@ class AudioReport:
             content = json.loads(Path(path).read_text())
             if content.pop("format") != _FORMAT:
                 raise ValueError("another version wrote it")
-            figures = [
-                Figure(**{**f, "values": None if f["values"] is None else tuple(f["values"])})
-                for f in content.pop("figures")
-            ]
-            broken = [Broken(**one) for one in content.pop("broken")]
-            content |= {name: tuple(content[name]) for name in ("names", "left_out", "notes")}
-            return cls(figures=tuple(figures), broken=tuple(broken), **content)
+            return cls.parse(content)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise ValueError(f"{path} is no report of generated audio: {error}") from error
 
+    @classmethod
+    def parse(cls, content: Mapping[str, Any]) -> AudioReport:
+        """The report that ``dataclasses.asdict`` made ``content`` of, perhaps by way of JSON."""
+        figures = [
+            Figure(**{**f, "values": None if f["values"] is None else tuple(f["values"])}) for f in content["figures"]
+        ]
+        rest = {name: tuple(content[name]) for name in ("names", "left_out", "notes")}
+        broken = tuple(Broken(**one) for one in content["broken"])
+        return cls(**{**content, **rest, "figures": tuple(figures), "broken": broken})
+
     def markdown(self) -> str:
         """A table with a row a figure, then what was resampled, left out and reused."""
-        rows = [
-            [f.metric, number(f.estimate), _interval(f), _bias(f), f.better, *_scale_cells(f)] for f in self.figures
-        ]
-        head = ["metric", "estimate", "interval", "bias at this N", "better", *_SCALE_HEAD]
-        return "\n".join([table(head, rows), "", *(f"- {line}" for line in self._remarks())]) + "\n"
+        rows = [[f.metric, number(f.estimate), interval(f), _bias(f), f.better, *scale_cells(f)] for f in self.figures]
+        head = ["metric", "estimate", "interval", "bias at this N", "better", *SCALE_HEAD]
+        remarks = [*self.remarks(), f"descriptions of clips: {self.reused} from the cache, {self.computed} computed."]
+        return "\n".join([table(head, rows), "", *(f"- {line}" for line in [*remarks, *self.notes])]) + "\n"
 
     def _keys(self) -> list[tuple[str, str]]:
         return [figure.key for figure in self.figures]
 
-    def _remarks(self) -> list[str]:
+    def remarks(self) -> list[str]:
+        """What was resampled how, what else is to be known of the figures, and which clips were left out."""
         ways: dict[str, list[str]] = {}
         for figure in self.figures:
             text = f"{figure.confidence:.0%} interval, {figure.resamples} replicates: {figure.resampling}"
@@ -152,8 +157,7 @@ class AudioReport:
                 lines.append(f"{len(bad)} broken clips of the {key} set not evaluated: {some(bad, len(bad))}.")
         if self.left_out:
             lines.append(f"left out with the other of their pair: {some(self.left_out, len(self.left_out))}.")
-        lines.append(f"descriptions of clips: {self.reused} from the cache, {self.computed} computed.")
-        return lines + list(self.notes)
+        return lines
 
 
 @dataclass(frozen=True)
@@ -198,9 +202,9 @@ def side_by_side(reports: Mapping[str, AudioReport]) -> str:
     rows = []
     for figure in reports[systems[0]].figures:
         figures = [reports[system].figure(*figure.key) for system in systems]
-        cells = [f"{number(f.estimate)} {_interval(f)}".strip() for f in figures]
-        rows.append([figure.metric, figure.better, *cells, *_scale_cells(figure)])
-    return table(["metric", "better", *systems, *_SCALE_HEAD], rows) + "\n"
+        cells = [f"{number(f.estimate)} {interval(f)}".strip() for f in figures]
+        rows.append([figure.metric, figure.better, *cells, *scale_cells(figure)])
+    return table(["metric", "better", *systems, *SCALE_HEAD], rows) + "\n"
 
 
 def _check_comparable(reports: Mapping[str, AudioReport]) -> None:
@@ -213,8 +217,16 @@ def _check_comparable(reports: Mapping[str, AudioReport]) -> None:
             raise IncompatibleScales(
                 f"incompatible scales: {base} and {name} do not both have {some(lacking)}; evaluate both alike"
             )
-        for figure in first.figures:
-            ours, theirs = figure.scale, other.figure(*figure.key).scale
+    check_scales(reports)
+
+
+def check_scales(reports: Mapping[str, AudioReport]) -> None:
+    """Raises IncompatibleScales if a figure that two of the reports have is on two scales."""
+    seen: dict[tuple[str, str], tuple[str, Figure]] = {}
+    for name, report in reports.items():
+        for figure in report.figures:
+            base, first = seen.setdefault(figure.key, (name, figure))
+            ours, theirs = first.scale, figure.scale
             differing = [f"{field} {ours[field]} and {theirs[field]}" for field in ours if ours[field] != theirs[field]]
             if differing:
                 raise IncompatibleScales(
@@ -223,10 +235,11 @@ def _check_comparable(reports: Mapping[str, AudioReport]) -> None:
                 )
 
 
-_SCALE_HEAD = ("N", "against", "backbone", "fingerprint", "Hz")
+SCALE_HEAD = ("N", "against", "backbone", "fingerprint", "Hz")
 
 
-def _scale_cells(figure: Figure) -> list[str]:
+def scale_cells(figure: Figure) -> list[str]:
+    """What stands under :data:`SCALE_HEAD`."""
     settings = ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in figure.settings.items())
     against = str(figure.against) if figure.against else "-"
     name = f"{figure.backbone} ({settings})" if settings else figure.backbone
@@ -234,7 +247,8 @@ def _scale_cells(figure: Figure) -> list[str]:
     return [str(figure.generated), against, name, digests, str(figure.sample_rate)]
 
 
-def _interval(figure: Figure) -> str:
+def interval(figure: Figure) -> str:
+    """``[low, high]``; "" where there is none."""
     return "" if figure.low is None or figure.high is None else f"[{number(figure.low)}, {number(figure.high)}]"
 
 
