@@ -10,7 +10,7 @@ MEDIA  ?= .media
 BIN       := $(VENV)/bin
 INSTALLED := $(VENV)/.installed-$(EXTRAS)
 
-.PHONY: demo test lint cuda-check release-check sanitize sanitize-full fuzz soak install unpinned media clean
+.PHONY: demo test lint cuda-check release-check sanitize sanitize-full fuzz soak docs install unpinned media clean
 
 install: $(INSTALLED)
 
@@ -37,6 +37,10 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The documentation, in build/site; a warning is an error. Live while writing: .venv/bin/python -m mkdocs serve
+docs: install
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
 
 # Compiles the CUDA kernels for every chip and examines their machine code; needs nvcc, but no GPU.
 cuda-check: install

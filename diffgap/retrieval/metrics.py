@@ -64,8 +64,7 @@ def positive_ranks(
         (N, P) float64, each row ascending, P the most positives a query has; rows with fewer end in inf.
 
     Raises:
-        ValueError: shapes that do not fit, values that are not finite, a query without a positive, unknown
-        ties.
+        ValueError: shapes that do not fit, values that are not finite, a query without a positive, unknown ties.
     """
     _check_ties(ties)
     if queries.dim() != 2 or gallery.dim() != 2 or queries.shape[1] != gallery.shape[1]:
