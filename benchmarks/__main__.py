@@ -1,4 +1,4 @@
-"""``python -m benchmarks``: run the cases of some families and report them."""
+"""``python -m benchmarks``: run the cases of some families and report them, or one of the :data:`COMMANDS`."""
 
 from __future__ import annotations
 
@@ -21,6 +21,9 @@ from benchmarks.timing import Budget, Clock, CpuClock, CudaClock
 #: One module of this package each, with a function ``cases(size)``.
 FAMILIES = ("schedule", "sampler", "contrastive", "attention", "adaln", "denoiser", "training")
 
+#: One module of this package each, with a function ``main(argv)`` that has options of its own.
+COMMANDS = ("proof", "tune")
+
 #: Seconds of timing per case, by size, and after how many the rounds end though there were fewer than five.
 _SECONDS = {"ci": 0.3, "full": 2.0}
 _LIMIT_SECONDS = {"ci": 5.0, "full": 60.0}
@@ -31,6 +34,8 @@ def parser() -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(
         prog="python -m benchmarks",
         description="Time diffgap's operations against the eager reference, torch.compile and other packages.",
+        epilog="python -m benchmarks proof: compile every kernel for every chip. python -m benchmarks tune: find the "
+        "launch configurations of this GPU. Either has --help.",
     )
     add = result.add_argument
     add("family", nargs="*", help=f"families to run, of {', '.join(FAMILIES)}; none given: all")
@@ -45,6 +50,8 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str]) -> int:
     """Run the command line ``argv``; 0 if every implementation was right, else 1."""
+    if argv and argv[0] in COMMANDS:
+        return int(import_module(f"benchmarks.{argv[0]}").main(argv[1:]))
     options = parser()
     args = options.parse_args(argv)
     unknown = sorted(set(args.family) - set(FAMILIES))

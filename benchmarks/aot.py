@@ -9,18 +9,20 @@ from typing import Any
 import torch
 import triton
 from diffgap.kernels import adaln, attention, clip_loss, siglip_loss, similarity
-from diffgap.kernels._attention_configs import config_for
-from diffgap.kernels._tiles import TILES, Product
+from diffgap.kernels.configs import CONFIGS, SHORT, Product, adaln_config, attention_config
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 #: Chips that every kernel is compiled for.
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_86": GPUTarget("cuda", 86, 32),
+    "sm_89": GPUTarget("cuda", 89, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
     "sm_100": GPUTarget("cuda", 100, 32),
     "sm_120": GPUTarget("cuda", 120, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
+    "gfx950": GPUTarget("hip", "gfx950", 64),
 }
 
 
@@ -85,7 +87,7 @@ def _multiplied_as(product: Product) -> Iterator[None]:
 def contrastive_kernels(target: str, product: Product, width: int = 512) -> dict[str, Any]:
     """The kernels of the contrastive ops with the configuration they ship with for a chip, compiled, by
     ``op/variant/kernel``."""
-    tile = TILES[target, product]
+    tile = CONFIGS[target].contrastive[product]
     dtype = torch.bfloat16 if product == "half" else torch.float32
     a, scale, none = torch.zeros(1024, width, dtype=dtype), torch.ones(()), torch.zeros(0, 0)
     vector, lse, logits, ids = torch.zeros(1024), torch.zeros(1024, 2), torch.zeros(1024, 1024), torch.arange(1024)
@@ -130,7 +132,7 @@ def contrastive_kernels(target: str, product: Product, width: int = 512) -> dict
 
 def adaln_kernels(target: str, dtype: torch.dtype, width: int) -> dict[str, Any]:
     """The kernels of ``adaln`` as they ship for rows of a width, compiled, by ``op/variant/kernel``."""
-    config = adaln.config_for(width, TARGETS[target].warp_size)
+    config = adaln_config(target, width)
     # Modulation as the denoiser has it: rows of one tensor. As many tokens as make the sums go over several chunks.
     x, rows = torch.zeros(16, 256, width, dtype=dtype), torch.zeros(16, 6, width, dtype=dtype)
     shift, scale, gate, *_ = rows.unbind(1)
@@ -155,8 +157,8 @@ def attention_kernels(target: str, product: Product, n_q: int, n_k: int, d: int,
     q, k = (torch.zeros(16, n, 8, d, dtype=dtype) for n in (n_q, n_k))
     weight, mask = torch.ones(d), torch.ones(16, n_k, dtype=torch.bool)
     options = (None, None, None, d**-0.5, False) if plain else (weight, weight, mask, d**-0.5, True)
-    forward, backward = (config_for(target, product, n_q, n_k, d, which) for which in ("forward", "backward"))
-    saved = (q, torch.zeros(16, 8, n_q)) if max(n_q, n_k) > attention.SHORT else (None, None)
+    forward, backward = (attention_config(target, product, n_q, n_k, d, which) for which in ("forward", "backward"))
+    saved = (q, torch.zeros(16, 8, n_q)) if max(n_q, n_k) > SHORT else (None, None)
     launches: dict[str, Callable[[], object]] = {
         "attention": lambda: attention.forward(q, k, k, *options, forward),
         "attention_backward": lambda: attention.backward(q, *saved, q, k, k, *options, backward),
