@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Sequence
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -51,6 +52,8 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str]) -> int:
     """Run the command line ``argv``; 0 if every implementation was right, else 1."""
     if argv and argv[0] in COMMANDS:
+        if find_spec("triton") is None:
+            parser().error(f"{argv[0]}: compiles the Triton kernels, and triton is not installed; pip install triton")
         return int(import_module(f"benchmarks.{argv[0]}").main(argv[1:]))
     options = parser()
     args = options.parse_args(argv)

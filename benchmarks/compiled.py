@@ -229,8 +229,13 @@ class Compiled:
 
 def compile_case(case: Case) -> list[Compiled]:
     """Compile the kernels of a case and read their machine code."""
+    return examined(case, FAMILIES[case.family].compile(case))
+
+
+def examined(case: Case, kernels: Mapping[str, Any]) -> list[Compiled]:
+    """What the machine code of kernels says that were compiled for a case."""
     result = []
-    for name, kernel in FAMILIES[case.family].compile(case).items():
+    for name, kernel in kernels.items():
         if is_amd(case.chip):
             code, counts = amd_code(kernel), amd_counts(kernel.asm["amdgcn"])
         else:

@@ -21,10 +21,10 @@ from typing import Any
 
 import torch
 import triton
-from diffgap.kernels.configs import Pass, attention_config, is_amd
+from diffgap.kernels.configs import is_amd
 
 from benchmarks.aot import TARGETS
-from benchmarks.compiled import FAMILIES, MULTIPROCESSORS, PRODUCTS, Case, Compiled, cases, compile_case
+from benchmarks.compiled import FAMILIES, MULTIPROCESSORS, Case, Compiled, cases, compile_case
 from benchmarks.gpus import OF_CHIP
 from benchmarks.report import seconds
 from benchmarks.work import kernel_of, work_of
@@ -101,9 +101,8 @@ def tensor_instructions(compiled: Compiled) -> frozenset[str]:
         return frozenset()
     wanted = {_TENSOR.get(case.chip, "HMMA")}
     if case.family == "attention" and not is_amd(case.chip):
-        which: Pass = "backward" if compiled.kernel.split("/")[0].endswith("_backward") else "forward"
-        n_q, n_k, d = case.size
-        if attention_config(case.chip, PRODUCTS[case.dtype], n_q, n_k, d, which).block_m < _WARP_GROUP_ROWS:
+        sizes = dict(part.split("=") for part in compiled.config.split())
+        if int(sizes["BLOCK_M"]) < _WARP_GROUP_ROWS:
             wanted.add("HMMA")
     return frozenset(wanted)
 
