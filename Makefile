@@ -10,7 +10,7 @@ MEDIA  ?= .media
 BIN       := $(VENV)/bin
 INSTALLED := $(VENV)/.installed-$(EXTRAS)
 
-.PHONY: demo test lint cuda-check install unpinned media clean
+.PHONY: demo test lint cuda-check gpu install unpinned media clean
 
 install: $(INSTALLED)
 
@@ -41,6 +41,11 @@ lint: install
 # Compiles the CUDA kernels for every chip and examines their machine code; needs nvcc, but no GPU.
 cuda-check: install
 	$(BIN)/python scripts/cuda_check.py
+
+# On a machine with a GPU: its tests, all benchmarks against the peers that are installed, and the modelled times beside
+# the measured ones, into benchmarks/results. EXTRAS=dev,bench installs the peers.
+gpu: install
+	$(BIN)/python scripts/gpu_check.py
 
 # The pictures and recordings behind the bundled embeddings (160 MB, Debian and Ubuntu), for the tests that embed them
 # again: make media && DIFFGAP_STAMPS_MEDIA=.media make test EXTRAS=dev,offline

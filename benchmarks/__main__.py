@@ -22,6 +22,9 @@ from benchmarks.timing import Budget, Clock, CpuClock, CudaClock
 #: One module of this package each, with a function ``cases(size)``.
 FAMILIES = ("schedule", "sampler", "contrastive", "attention", "adaln", "denoiser", "training")
 
+#: Families that run only where they are named.
+ON_REQUEST = ("modelled",)
+
 #: One module of this package each, with a function ``main(argv)`` that has options of its own.
 COMMANDS = ("proof", "tune")
 
@@ -39,7 +42,11 @@ def parser() -> argparse.ArgumentParser:
         "launch configurations of this GPU. Either has --help.",
     )
     add = result.add_argument
-    add("family", nargs="*", help=f"families to run, of {', '.join(FAMILIES)}; none given: all")
+    add(
+        "family",
+        nargs="*",
+        help=f"families to run, of {', '.join(FAMILIES)}; none given: all; on a GPU also {', '.join(ON_REQUEST)}",
+    )
     add("--device", choices=("cpu", "cuda"), default="cpu", help="where the cases run (default: %(default)s)")
     add("--size", choices=tuple(_SECONDS), default="ci", help="ci: small and quick (default); full: the tables")
     add("--threads", type=int, default=torch.get_num_threads(), help="CPU threads (default: %(default)s)")
@@ -57,9 +64,9 @@ def main(argv: Sequence[str]) -> int:
         return int(import_module(f"benchmarks.{argv[0]}").main(argv[1:]))
     options = parser()
     args = options.parse_args(argv)
-    unknown = sorted(set(args.family) - set(FAMILIES))
+    unknown = sorted(set(args.family) - {*FAMILIES, *ON_REQUEST})
     if unknown:
-        options.error(f"family: {', '.join(unknown)} does not exist; use {', '.join(FAMILIES)}")
+        options.error(f"family: {', '.join(unknown)} does not exist; use {', '.join((*FAMILIES, *ON_REQUEST))}")
     if args.threads < 1:
         options.error(f"--threads: must be at least 1, got {args.threads}")
     if args.seconds is not None and not args.seconds > 0:
