@@ -30,7 +30,7 @@ from diffgap.kernels.configs import CONFIGS, Product, is_amd
 from benchmarks.aot import TARGETS, adaln_kernels, attention_kernels, contrastive_kernels
 from benchmarks.sass import LoopCounts, amd_counts, counts_by_depth, resources, sass
 
-Dtype = Literal["bf16", "fp32", "tf32"]
+Dtype = Literal["bf16", "fp16", "fp32", "tf32"]
 Size = Literal["ci", "full"]
 PRODUCTS: dict[Dtype, Product] = {"bf16": "half", "fp32": "ieee", "tf32": "tf32"}
 _TORCH: dict[Dtype, torch.dtype] = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -262,7 +262,7 @@ def nvidia_code(kernel: Any, text: str) -> Code:
     chips."""
     usage = resources(kernel)
     tensor = re.findall(r"\b(HMMA|HGMMA|UTC\w*MMA)\.", text)
-    loads, stores = (_sizes(rf"\b{opcode}\.(\S+)", text, _nvidia_bytes) for opcode in ("LDG(?:STS)?", "STG"))
+    loads, stores = (_sizes(rf"\b{opcode}\.(\S+)", text, nvidia_bytes) for opcode in ("LDG(?:STS)?", "STG"))
     return Code(
         *(usage.registers, usage.local_bytes, kernel.metadata.shared, _widest_product(tensor), len(tensor)),
         *(max(loads, default=0), min(loads, default=0), max(stores, default=0)),
@@ -299,7 +299,7 @@ def _sizes(access: str, text: str, size: Callable[[str], int]) -> list[int]:
     return list(map(size, re.findall(access, text)))
 
 
-def _nvidia_bytes(modifiers: str) -> int:
+def nvidia_bytes(modifiers: str) -> int:
     """Of ``E.128`` and the like; 32 bits have none."""
     return next((_NVIDIA_BYTES[x] for x in modifiers.split(".") if x in _NVIDIA_BYTES), 4)
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import date
@@ -25,15 +26,21 @@ from diffgap.kernels.configs import is_amd
 
 from benchmarks.aot import TARGETS
 from benchmarks.compiled import FAMILIES, MULTIPROCESSORS, Case, Compiled, cases, compile_case
+from benchmarks.cuda_kernels import found_in
 from benchmarks.gpus import OF_CHIP
+from benchmarks.nvcc import NothingCompiled, build
 from benchmarks.report import seconds
-from benchmarks.work import kernel_of, work_of
+from benchmarks.work import Work, kernel_of, work_of
 from diffgap._files import atomic_file
+
+#: The CUDA kernels; the others are Triton's.
+SCHEDULE = "schedule"
 
 #: The family that an op's kernels are compiled with.
 OPS = {
     **dict.fromkeys(("clip_loss", "siglip_loss", "similarity_ranks", "similarity_topk"), "contrastive"),
     **{"attention": "attention", "adaln": "adaln"},
+    **dict.fromkeys(("q_sample", "solver_step", "normal"), SCHEDULE),
 }
 #: The tensor core's instruction, by chip.
 _TENSOR = {"sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "v_mfma", "gfx950": "v_mfma"}
@@ -131,9 +138,12 @@ def faults(compiled: Compiled) -> tuple[str, ...]:
 
 
 def row_of(compiled: Compiled) -> Row:
-    """The facts, the faults and the modelled time."""
+    """The facts, the faults and the modelled time of a Triton kernel."""
+    return _row(compiled, work_of(compiled, OF_CHIP[compiled.case.chip]), faults(compiled))
+
+
+def _row(compiled: Compiled, work: Work, wrong: tuple[str, ...]) -> Row:
     case, code, gpu = compiled.case, compiled.code, OF_CHIP[compiled.case.chip]
-    work = work_of(compiled, gpu)
     pipes = kernel_of(compiled, work, gpu).pipes(gpu)
     pipe = max(pipes, key=lambda name: pipes[name])
     return Row(
@@ -144,7 +154,7 @@ def row_of(compiled: Compiled) -> Row:
         blocks=compiled.blocks,
         limit=compiled.limit,
         occupancy=round(compiled.occupancy, 4),
-        faults=faults(compiled),
+        faults=wrong,
         shape=work.shape,
         gpu=gpu.name,
         modelled_s=float(f"{pipes[pipe]:.4g}"),
@@ -161,6 +171,20 @@ def rows_of(of: Sequence[Case], ops: Sequence[str] = ()) -> Iterator[Row]:
                 yield row_of(compiled)
 
 
+def cuda_rows(chips: Sequence[str], ops: Sequence[str] = ()) -> list[Row]:
+    """The rows of the CUDA kernels on NVIDIA's chips.
+
+    Raises:
+        benchmarks.nvcc.NothingCompiled: there is no nvcc.
+        RuntimeError: nvcc failed.
+    """
+
+    with tempfile.TemporaryDirectory() as folder:
+        found = list(found_in(build(Path(folder)), [chip for chip in chips if not is_amd(chip)]))
+    rows = [_row(*entry) for entry in found]
+    return [row for row in rows if not ops or row.kernel.split("/")[0].removesuffix("_backward") in ops]
+
+
 def complaints(rows: Sequence[Row]) -> list[str]:
     """One line for each fault, with the kernel and its configuration."""
     return [
@@ -173,7 +197,8 @@ def complaints(rows: Sequence[Row]) -> list[str]:
 def table(rows: Sequence[Row]) -> list[str]:
     """One line per kernel of a family on one chip."""
     names = ("registers", "spilled", "shared", "warps", "tensor", "load", "store", "occupancy", "limit", "time", "pipe")
-    lines = [f"| dtype | {FAMILIES[rows[0].family].sizes_are} | kernel | " + " | ".join(names) + " |"]
+    sizes_are = FAMILIES[rows[0].family].sizes_are if rows[0].family in FAMILIES else "size"
+    lines = [f"| dtype | {sizes_are} | kernel | " + " | ".join(names) + " |"]
     lines.append("|---|---|---|" + "---:|" * (len(names) - 3) + "---|---:|---|")
     for row in rows:
         tensor = f"{row.tensor_instructions} {row.tensor}" if row.tensor else ""
@@ -245,7 +270,8 @@ float16 has the kernels of bfloat16, and attention has all of its options. Sourc
 def _head(header: Mapping[str, Any], rows: Sequence[Row]) -> list[str]:
     gpus = ", ".join(OF_CHIP[chip].name for chip in dict.fromkeys(row.chip for row in rows))
     wrong = complaints(rows)
-    verdict = f"{len(rows)} kernels, {len(wrong)} faults" + (":" if wrong else ".")
+    without = f", without {header['without']}" if "without" in header else ""
+    verdict = f"{len(rows)} kernels{without}, {len(wrong)} faults" + (":" if wrong else ".")
     lines = [f"`{header['command']}`, {header['date']}", ""]
     lines += [_EXPLAINED.format(triton=header["versions"]["triton"], gpus=gpus)]
     return [*lines, verdict, "", *(f"- {line}" for line in wrong), *([""] if wrong else []), *summary(rows)]
@@ -319,14 +345,21 @@ def main(argv: Sequence[str]) -> int:
         options.error(f"--json: expected a name that ends in .json, got {args.json.name}")
     if args.page and args.json is None:
         options.error("--page: names the results that it sums up; give --json FILE too")
-    header = {
+    header: dict[str, Any] = {
         "date": date.today().isoformat(),
         "command": " ".join(["python -m benchmarks proof", *argv]),
         "versions": {"triton": triton.__version__, "torch": torch.__version__},
         "kind": "compiled, times modelled",
     }
-    families = list(dict.fromkeys(OPS[op] for op in args.kernel)) or list(FAMILIES)
-    rows = list(rows_of(cases(args.size, families, args.chip), args.kernel))
+    families = list(dict.fromkeys(OPS[op] for op in args.kernel or OPS))
+    of_triton = [family for family in families if family != SCHEDULE]
+    rows = list(rows_of(cases(args.size, of_triton, args.chip), args.kernel))
+    if SCHEDULE in families:
+        try:
+            rows += cuda_rows(args.chip, args.kernel)
+        except NothingCompiled as error:
+            header["without"] = f"the CUDA kernels ({error})"
+            print(f"proof: without {header['without']}", file=sys.stderr)
     document = to_markdown(header, rows)
     print(document)
     if args.json is not None:

@@ -107,7 +107,8 @@ def _parsed(
     return [loop for loop in loops if loop[0] < loop[1]], code
 
 
-def _count(code: list[str]) -> LoopCounts:
+def counts_of(code: list[str]) -> LoopCounts:
+    """Instructions by pipe, given their mnemonics."""
     counts = dict.fromkeys(_PIPES, 0)
     for mnemonic in code:
         # Instructions of the uniform datapath (UIADD3, ULDC, ...) go to none of the pipes, but UTC and UBLKCP do.
@@ -123,24 +124,24 @@ def _main_loop(text: str) -> tuple[tuple[int, int], list[str]]:
     innermost = [x for x in loops if not any(x != y and x[0] <= y[0] and y[1] <= x[1] for y in loops)]
     if not innermost:
         return (0, -1), code
-    return max(innermost, key=lambda x: (_count(code[x[0] : x[1] + 1]).tensor, x[1] - x[0])), code
+    return max(innermost, key=lambda x: (counts_of(code[x[0] : x[1] + 1]).tensor, x[1] - x[0])), code
 
 
 def loop_counts(sass: str) -> LoopCounts:
     """Instructions in one pass of the hottest loop, that over the width of the embeddings; zeros without a loop."""
     (first, last), code = _main_loop(sass)
-    return _count(code[first : last + 1])
+    return counts_of(code[first : last + 1])
 
 
 def rest_counts(sass: str) -> LoopCounts:
     """Instructions outside the hottest loop, each counted once: what a tile costs besides its product."""
     (first, last), code = _main_loop(sass)
-    return _count(code[:first] + code[last + 1 :])
+    return counts_of(code[:first] + code[last + 1 :])
 
 
 def counts_by_depth(sass: str) -> tuple[LoopCounts, ...]:
     """Instructions of a warp outside all loops, in the outermost loops, in loops within those, and so on."""
-    return _by_depth(*_loops_and_code(sass), _count)
+    return _by_depth(*_loops_and_code(sass), counts_of)
 
 
 def amd_counts(assembly: str) -> tuple[LoopCounts, ...]:

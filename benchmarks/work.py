@@ -75,7 +75,7 @@ def kernel_of(compiled: Compiled, work: Work, gpu: Gpu) -> Kernel:
     return Kernel(
         compiled.kernel,
         work.flops if in_tensor_cores else 0.0,
-        compiled.case.dtype,
+        "bf16" if compiled.case.dtype == "fp16" else compiled.case.dtype,
         special=lanes * total("mufu"),
         fp32=lanes * total("fp32"),
         integer=lanes * total("integer"),

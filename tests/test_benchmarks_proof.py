@@ -14,7 +14,7 @@ import pytest
 pytest.importorskip("triton")
 
 from benchmarks import __main__ as command
-from benchmarks import proof
+from benchmarks import cuda_kernels, nvcc, proof
 from benchmarks.compiled import Case, Code, Compiled
 from benchmarks.gpus import A100, H100, MI355X, OF_CHIP
 from benchmarks.sass import LoopCounts
@@ -178,6 +178,55 @@ def test_the_time_is_that_of_the_slowest_pipe(build: Build) -> None:
     assert (row.gpu, row.shape, row.pipe) == ("A100-SXM4-80GB", "16x256x1024", "hbm")
     assert row.modelled_s == pytest.approx((4 * 16 * 256 * 1024 * 2 + 3 * 16 * 1024 * 2) / 2.039e12, rel=1e-3)
     assert row.kind == "compiled" and row.occupancy == 8 / 64 and row.faults == ()
+
+
+def cuda_kernel(*instructions: str, local_bytes: int = 0) -> nvcc.Kernel:
+    return nvcc.Kernel(40, 0, local_bytes, [*instructions])
+
+
+def test_cuda_kernels_are_read_and_modelled(monkeypatch: pytest.MonkeyPatch) -> None:
+    vector = ["LDG.E.128", "LDG.E", "LDG.E.128", "FFMA", "FFMA", "MUFU.RSQ", "STG.E.128", "STG.E.128"]
+    kernels = {
+        ("_Z15q_sample_kernelIfLb1EEvT_", "sm_80"): cuda_kernel(*vector),
+        ("_Z15q_sample_kernelIfLb1EEvT_", "sm_90"): cuda_kernel(*vector),
+        ("_Z11step_kernelI4HalfLb1EEvT_", "sm_80"): cuda_kernel("STG.E.U16", local_bytes=8),
+    }
+    names = {"_Z15q_sample_kernelIfLb1EEvT_": "q_sample_kernel<float, true>"}
+    names |= {"_Z11step_kernelI4HalfLb1EEvT_": "step_kernel<Half, true>"}
+    monkeypatch.setattr(cuda_kernels, "read_kernels", lambda file: kernels)
+    monkeypatch.setattr(cuda_kernels, "readable", lambda mangled: {name: names[name] for name in mangled})
+    found = [proof._row(*entry) for entry in cuda_kernels.found_in([Path("_C.so")], ["sm_80", "sm_89", "sm_90"])]
+    # sm_89 runs the code of sm_80.
+    assert [(row.chip, row.kernel, row.dtype) for row in found] == [
+        ("sm_80", "solver_step/step_kernel<Half,true>", "fp16"),
+        ("sm_80", "q_sample/q_sample_kernel<float,true>", "fp32"),
+        ("sm_89", "solver_step/step_kernel<Half,true>", "fp16"),
+        ("sm_89", "q_sample/q_sample_kernel<float,true>", "fp32"),
+        ("sm_90", "q_sample/q_sample_kernel<float,true>", "fp32"),
+    ]
+    wrong, right = found[:2]
+    assert [fault.partition(" by ")[0] for fault in wrong.faults] == [
+        "keeps 8 bytes a thread in local memory",
+        "accesses global memory",
+    ]
+    assert (right.load_bytes, right.store_bytes, right.faults, right.warps) == (16, 16, (), 4)
+    # x0 is read, x_t and the target are written; 12 blocks of four warps fit by their registers.
+    assert (right.shape, right.pipe, right.occupancy) == ("q_sample/4096x1024", "hbm", 0.75)
+    assert right.modelled_s == pytest.approx(3 * 4096 * 1024 * 4 / 2.039e12, rel=1e-3)
+
+
+def test_the_proof_without_nvcc_says_so(
+    build: Build, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def no_compiler(folder: Path) -> list[Path]:
+        raise nvcc.NothingCompiled("nothing is compiled here, which takes nvcc")
+
+    monkeypatch.setattr(proof, "build", no_compiler)
+    code, asked = run(build, monkeypatch, "--chip", "sm_90", "--kernel", "q_sample", "clip_loss", "--size", "ci")
+    assert code == 0 and {case.family for case in asked} == {"contrastive"}
+    printed = capsys.readouterr()
+    assert "6 kernels, without the CUDA kernels (nothing is compiled here, which takes nvcc), 0 faults" in printed.out
+    assert "proof: without the CUDA kernels" in printed.err
 
 
 def run(build: Build, monkeypatch: pytest.MonkeyPatch, *argv: str, **changes: Any) -> tuple[int, list[Case]]:
