@@ -10,7 +10,7 @@ MEDIA  ?= .media
 BIN       := $(VENV)/bin
 INSTALLED := $(VENV)/.installed-$(EXTRAS)
 
-.PHONY: demo test lint cuda-check release-check sanitize sanitize-full fuzz soak docs install unpinned media clean
+.PHONY: demo test lint cuda-check release-check sanitize sanitize-full fuzz soak docs gpu install unpinned media clean
 
 install: $(INSTALLED)
 
@@ -75,6 +75,11 @@ fuzz: install
 # Ten thousand steps, twenty kills, full disks.
 soak: install
 	$(BIN)/python scripts/soak.py
+
+# On a machine with a GPU: its tests, all benchmarks against the peers that are installed, and the modelled times beside
+# the measured ones, into benchmarks/results. EXTRAS=dev,bench installs the peers.
+gpu: install
+	$(BIN)/python scripts/gpu_check.py
 
 # The pictures and recordings behind the bundled embeddings (160 MB, Debian and Ubuntu), for the tests that embed them
 # again: make media && DIFFGAP_STAMPS_MEDIA=.media make test EXTRAS=dev,offline
