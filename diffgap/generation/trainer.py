@@ -52,8 +52,9 @@ class GeneratorSettings:
     """On the output of every attention and MLP."""
     condition_dropout: float = 0.1
     """Probability that training hides the condition."""
-    prediction: Literal["epsilon", "sample", "v_prediction"] = "v_prediction"
-    """What the network predicts."""
+    prediction: Literal["epsilon", "sample", "v_prediction"] = "sample"
+    """What the network predicts. v and epsilon hold noise, for which a patch must not have more values than the network
+    has features."""
     guidance_scale: float = 2.0
     """Default guidance of sampling; 1 is none."""
     sampling_steps: int = 25

@@ -77,8 +77,9 @@ class MelGeneratorConfig:
     """Noise schedule, by its diffusers name."""
     num_train_timesteps: int = 1000
     """Noise levels of the schedule."""
-    prediction: Prediction = "v_prediction"
-    """What the network predicts."""
+    prediction: Prediction = "sample"
+    """What the network predicts. A patch has more values than a small network has features: noise, which epsilon and v
+    hold, does not fit through them, and a spectrogram does (arXiv 2511.13720)."""
     min_snr_gamma: float = 0.0
     """Gamma of the min-SNR weight of a noise level (arXiv 2303.09556); 0 weighs all levels alike. Min-SNR leaves next
     to no weight to the noisiest levels, which are where the condition decides what a sound becomes."""
