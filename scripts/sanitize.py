@@ -58,9 +58,9 @@ def copy_sources(source: Path, tree: Path, kernels: Sequence[str]) -> None:
         shutil.copytree(source / part, tree / part, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     for file in FILES:
         shutil.copy(source / file, tree)
-    for file in (tree / "csrc" / "cpu").glob("*.cpp"):
-        if kernels and file.stem not in kernels:
-            file.unlink()
+    for kernel in (tree / "csrc" / "cpu").glob("*.cpp"):
+        if kernels and kernel.stem not in kernels:
+            kernel.unlink()
     unknown = [name for name in kernels if not (tree / "csrc" / "cpu" / f"{name}.cpp").exists()]
     if unknown:
         sys.exit(f"sanitize: --kernels {unknown[0]}: there is no csrc/cpu/{unknown[0]}.cpp")
