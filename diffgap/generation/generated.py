@@ -98,7 +98,7 @@ class GeneratedSet:
             raise ValueError(f"{folder} is not a whole set of generated sounds ({error}); generate it again") from error
         if content.get("format") != FORMAT:
             raise ValueError(f"{described} is of format {content.get('format')!r}; this version reads {FORMAT}")
-        if any(Path(item.name).name != item.name or item.name == ".." for item in items):
+        if any(Path(item.name).name != item.name or item.name in ("", "..") for item in items):
             raise ValueError(f"{folder / 'items.jsonl'} names files outside of its folder")
         for system in systems:
             for item in items:

@@ -42,6 +42,10 @@ from diffgap.training.config import BUNDLED, DataConfig, RunConfig
 from diffgap.training.runs import is_run, load_data, load_run
 
 _FORMAT_VERSION = "1"
+_KINDS: dict[str, Any] = {
+    "split": str, "modality": str, "kind": str, "count": int, "dim": int, "store_fingerprint": str, "run": str | None,
+    "run_fingerprint": str | None, "alpha": float | int | None, "options": dict, "encoders": dict, "media": str | None,
+}  # fmt: skip
 _FILES = {"meta.json", "rows.safetensors", "vectors.safetensors", "vectors.faiss"}
 
 
@@ -88,8 +92,11 @@ class Meta:
             content = json.loads(path.read_text(encoding="utf-8"))
             version = content.pop("format_version")
             if version == _FORMAT_VERSION:
-                data = {**content["data"], "modalities": tuple(content["data"]["modalities"])}
-                return cls(**{**content, "data": DataConfig(**data)})
+                for name, kind in _KINDS.items():
+                    if not isinstance(content[name], kind):
+                        raise TypeError(f"{name} is {content[name]!r}")
+                check_kind(content["kind"])
+                return cls(**{**content, "data": RunConfig.from_dict({"data": content["data"]}, str(path)).data})
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise ValueError(f"{path} is damaged ({type(error).__name__}); build the index again") from error
         raise ValueError(
@@ -171,6 +178,10 @@ class SearchIndex:
             raise ValueError(f"{path / 'rows.safetensors'} is damaged; build the index again") from error
         if not len(vectors) == len(rows) == meta.count:
             raise ValueError(f"{path} holds {len(vectors)} vectors of {meta.count} items; build the index again")
+        if vectors.dim != meta.dim:
+            raise ValueError(f"{path} holds vectors of width {vectors.dim}, not {meta.dim}; build the index again")
+        if rows.dtype != torch.int64 or (len(rows) and not 0 <= int(rows.min()) <= int(rows.max()) < len(opened)):
+            raise ValueError(f"{path / 'rows.safetensors'} names rows that the store does not have; build it again")
         return cls(meta, opened, bridge, vectors, rows)
 
     @property

@@ -29,7 +29,13 @@ _MIN_PER_LIST, _MAX_PER_LIST = 39, 256
 
 
 class Vectors(Protocol):
-    """Vectors that can be searched."""
+    """Vectors that can be searched.
+
+    Attributes:
+        dim: Their width D.
+    """
+
+    dim: int
 
     def __len__(self) -> int: ...
 
@@ -89,6 +95,9 @@ class ExactVectors:
 
     def __init__(self, folder: Path) -> None:
         self._vectors = read_modality(folder / _EXACT_FILE).data
+        if self._vectors.ndim != 2 or self._vectors.dtype != torch.float32:
+            raise ValueError(f"{folder / _EXACT_FILE} is damaged; build the index again")
+        self.dim = self._vectors.shape[1]
 
     def __len__(self) -> int:
         return len(self._vectors)
@@ -106,6 +115,7 @@ class FaissVectors:
             self.faiss_index: Any = faiss.read_index(str(folder / _FAISS_FILE))
         except RuntimeError as error:
             raise ValueError(f"{folder / _FAISS_FILE} is damaged; build the index again") from error
+        self.dim = int(self.faiss_index.d)
 
     def __len__(self) -> int:
         return int(self.faiss_index.ntotal)

@@ -9,6 +9,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 
 @contextmanager
 def exclusive(folder: Path) -> Iterator[None]:
@@ -31,6 +33,19 @@ def exclusive(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def explained(folder: Path) -> Iterator[None]:
+    """Says of what cannot be written where it was to go, and how to go on."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise OSError(
+            f"{folder} cannot be written: {reason}. Its last checkpoint is kept: make room or give access, and run the "
+            "same command again to resume"
+        ) from error
 
 
 class MetricsLog:

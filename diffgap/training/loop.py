@@ -28,7 +28,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from diffgap._files import remove_leftovers
 from diffgap.training import checkpoint
 from diffgap.training.config import TrainConfig, YamlConfig
-from diffgap.training.folder import MetricsLog, exclusive
+from diffgap.training.folder import MetricsLog, exclusive, explained
 from diffgap.training.plan import batch_rows, learning_rate_factor, row_seeds
 from diffgap.training.watch import watched
 
@@ -149,7 +149,8 @@ class TrainingLoop(ABC, Generic[Model]):
         watch = watched(self.accelerator.process_index, self.accelerator.num_processes)
         with watch, exclusive(self.folder) if main else nullcontext():
             if main:
-                self._claim_folder()
+                with explained(self.folder):
+                    self._claim_folder()
             self.accelerator.wait_for_everyone()
             progress = self._resume()
             self._log = MetricsLog(self.folder / "metrics.jsonl", progress.step) if main else None
@@ -160,7 +161,8 @@ class TrainingLoop(ABC, Generic[Model]):
                     self._advance(progress)
             finally:
                 if self._log is not None:
-                    self._log.close()
+                    with explained(self.folder):  # closing writes what could not be written
+                        self._log.close()
                 for tracker in self.accelerator.trackers:
                     tracker.finish()
         if not (self.folder / "model").is_dir():
@@ -215,7 +217,8 @@ class TrainingLoop(ABC, Generic[Model]):
         if last or (progress.step % train.eval_every == 0 and progress.step > self.head_steps):
             values |= self._validate(progress) | self.after_validation(progress.step)
         if self._log is not None:
-            self._log.write(progress.step, values)
+            with explained(self.folder):
+                self._log.write(progress.step, values)
         self.accelerator.log(values, step=progress.step)
         if last or progress.step % train.checkpoint_every == 0 or self._stopped(progress):
             self._save(progress)
@@ -232,7 +235,8 @@ class TrainingLoop(ABC, Generic[Model]):
         if scores["score"] > progress.best_score:
             progress.best_step, progress.best_score, progress.stale = progress.step, scores["score"], 0
             if self.accelerator.is_main_process:
-                averaged.save_pretrained(self.folder / "model")
+                with explained(self.folder):
+                    averaged.save_pretrained(self.folder / "model")
         return {f"val/{name}": value for name, value in scores.items()}
 
     def _step(self, step: int) -> dict[str, float]:
@@ -276,16 +280,17 @@ class TrainingLoop(ABC, Generic[Model]):
 
     def _save(self, progress: _Progress) -> None:
         if self._log is not None:
-            self._log.sync()
             scaler = self.accelerator.scaler
-            checkpoint.save(
-                self.folder / "checkpoints",
-                progress.step,
-                model=self.own,
-                ema=self.ema,
-                optimizer=self.optimizer.optimizer,
-                state=asdict(progress) | {"scaler": {} if scaler is None else scaler.state_dict()},
-            )
+            with explained(self.folder):
+                self._log.sync()
+                checkpoint.save(
+                    self.folder / "checkpoints",
+                    progress.step,
+                    model=self.own,
+                    ema=self.ema,
+                    optimizer=self.optimizer.optimizer,
+                    state=asdict(progress) | {"scaler": {} if scaler is None else scaler.state_dict()},
+                )
         self.accelerator.wait_for_everyone()
 
 

@@ -61,6 +61,12 @@ def contrastive(data: Any, dtype: torch.dtype, rows: int, columns: int, width: i
     return given
 
 
+def largest(rows: int, logit: float, options: dict[str, Any]) -> float:
+    """What a loss sums: for the gradient of the scale a term of 1 a row, for a row's own terms as large as a logit."""
+    weight = 1 / max(rows, 1) if options["reduction"] == "mean" else 1.0
+    return weight * (rows + logit)
+
+
 LOSS = {
     "data": DATA,
     "dtype": DTYPES,
@@ -81,7 +87,12 @@ def test_clip_loss(
     options["one_sided"] = one_sided or (more > 0 and ("ids_a" not in given or options["reduction"] == "none"))
     if options["one_sided"] and "ids_a" not in given:
         options["label_offset"] = data.draw(st.integers(0, more))
-    compare(ops.clip_loss, {**given, "logit_scale": torch.tensor(logit_scale)}, options, largest=1 + logit_scale)
+    compare(
+        ops.clip_loss,
+        {**given, "logit_scale": torch.tensor(logit_scale)},
+        options,
+        largest=largest(rows, logit_scale, options),
+    )
 
 
 @fuzzed(80, **LOSS, logit_bias=st.sampled_from((0.0, -10.0, 50.0)))
@@ -99,7 +110,9 @@ def test_siglip_loss(
     if "ids_a" not in given:
         options["label_offset"] = data.draw(st.one_of(st.none(), st.integers(0, more)))
     scalars = {"logit_scale": torch.tensor(logit_scale), "logit_bias": torch.tensor(logit_bias)}
-    compare(ops.siglip_loss, {**given, **scalars}, options, largest=1 + logit_scale + abs(logit_bias))
+    compare(
+        ops.siglip_loss, {**given, **scalars}, options, largest=largest(rows, logit_scale + abs(logit_bias), options)
+    )
 
 
 @fuzzed(30, data=DATA, dtypes=st.tuples(DTYPES, DTYPES), rows=SIZES, width=WIDTHS, chunk_size=st.integers(0, 40))
@@ -112,8 +125,9 @@ def test_losses_of_open_clips_form(
         "text_features": pair["b"].to(dtypes[1]),
         "logit_scale": torch.tensor(100.0),
     }
-    compare(ClipLoss(), given, largest=101.0)
-    compare(SigLipLoss(chunk_size=chunk_size), {**given, "logit_bias": torch.tensor(-10.0)}, largest=111.0)
+    largest_term = largest(rows, 110.0, {"reduction": "mean"})
+    compare(ClipLoss(), given, largest=largest_term)
+    compare(SigLipLoss(chunk_size=chunk_size), {**given, "logit_bias": torch.tensor(-10.0)}, largest=largest_term)
 
 
 @fuzzed(30, data=DATA, rows=SIZES, inner=WIDTHS, outer=WIDTHS, large=st.booleans(), bias=st.booleans())

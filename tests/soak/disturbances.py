@@ -16,6 +16,7 @@ import resource
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -80,23 +81,29 @@ DISTURBANCES: dict[str, Callable[[str], None]] = {
 }
 
 
-def attempt(command: list[str], said: Path, prepare: Callable[[], None]) -> int:
-    """Exit status of the command in a fork."""
+def attempt(command: list[str], prepare: Callable[[], None]) -> tuple[int, str]:
+    """Exit status of the command in a fork, and what it printed."""
+    reading, writing = os.pipe()  # no file, which a full disk would cut off
     child = os.fork()
     if child == 0:
         status = 70
         try:
-            descriptor = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-            os.dup2(descriptor, 2)
-            os.dup2(descriptor, 1)
+            os.dup2(writing, 1)
+            os.dup2(writing, 2)
+            os.close(writing)
             prepare()
             main(command)
             status = 0
         except SystemExit as stop:
             status = int(stop.code or 0)
+        except BaseException:
+            traceback.print_exc()
         finally:
             os._exit(status)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    os.close(writing)
+    with os.fdopen(reading) as pipe:
+        said = pipe.read()
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), said
 
 
 if __name__ == "__main__":
@@ -107,8 +114,6 @@ if __name__ == "__main__":
     ends = {}
     for name, disturb in DISTURBANCES.items():
         command = ["train", "--config", config, str(folder / name)]
-        said = folder / f"{name}.txt"
-        status = attempt(command, said, lambda: disturb(str(folder / name)))  # noqa: B023 (called at once)
-        text = said.read_text()
-        ends[name] = (status, text, attempt(command, said, lambda: None))
+        status, said = attempt(command, lambda: disturb(str(folder / name)))  # noqa: B023 (called at once)
+        ends[name] = (status, said, attempt(command, lambda: None)[0])
     print(json.dumps(ends))
