@@ -10,7 +10,7 @@ MEDIA  ?= .media
 BIN       := $(VENV)/bin
 INSTALLED := $(VENV)/.installed-$(EXTRAS)
 
-.PHONY: demo test lint docs cuda-check install unpinned media clean
+.PHONY: demo test lint cuda-check release-check sanitize sanitize-full fuzz soak docs gpu install unpinned media clean
 
 install: $(INSTALLED)
 
@@ -45,6 +45,41 @@ docs: install
 # Compiles the CUDA kernels for every chip and examines their machine code; needs nvcc, but no GPU.
 cuda-check: install
 	$(BIN)/python scripts/cuda_check.py
+
+# Builds and installs in every way users do, in clean environments (14 GB in TMPDIR, half an hour); then the versions of
+# docs/install.md with CHECK=compat.
+CHECK ?= builds
+
+release-check:
+	$(PYTHON) scripts/release_check.py $(CHECK)
+
+# The ops' tests on C++ kernels that are compiled with sanitizers: some kernels in two minutes, or all of them on every
+# instruction set.
+SHORT := --kernels random silu_mul similarity_topk linear_gradients --tests tests/ops/test_random.py \
+    tests/ops/test_silu_mul.py tests/ops/test_linear.py tests/ops/test_similarity.py -k "native and not compile"
+
+sanitize: install
+	$(BIN)/python scripts/sanitize.py address $(SHORT)
+	$(BIN)/python scripts/sanitize.py thread $(SHORT)
+
+sanitize-full: install
+	$(BIN)/python scripts/sanitize.py address --isa widest avx512 avx2 baseline
+	$(BIN)/python scripts/sanitize.py thread
+
+# New cases of every op, loss and reader for this many seconds; the tests hold a fixed few.
+SECONDS_OF_FUZZING ?= 600
+
+fuzz: install
+	DIFFGAP_FUZZ_SECONDS=$(SECONDS_OF_FUZZING) $(BIN)/python -m pytest tests/fuzz
+
+# Ten thousand steps, twenty kills, full disks.
+soak: install
+	$(BIN)/python scripts/soak.py
+
+# On a machine with a GPU: its tests, all benchmarks against the peers that are installed, and the modelled times beside
+# the measured ones, into benchmarks/results. EXTRAS=dev,bench installs the peers.
+gpu: install
+	$(BIN)/python scripts/gpu_check.py
 
 # The pictures and recordings behind the bundled embeddings (160 MB, Debian and Ubuntu), for the tests that embed them
 # again: make media && DIFFGAP_STAMPS_MEDIA=.media make test EXTRAS=dev,offline

@@ -12,6 +12,8 @@ Environment: ``DIFFGAP_CPU`` and ``DIFFGAP_CUDA`` (0 leaves the library out, 1 m
 from __future__ import annotations
 
 import os
+import re
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -21,7 +23,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import setuptools
 from setuptools import Extension, find_packages, setup
+
+# Older ones end in a page about pyproject.toml's licence instead; venvs of Python 3.10 and 3.11 start with them.
+if int(setuptools.__version__.partition(".")[0]) < 77:
+    sys.exit(f"diffgap: needs setuptools >= 77, this is {setuptools.__version__}; run: pip install -U setuptools wheel")
 
 ROOT = Path(__file__).resolve().parent
 DEFINES = ["-DTORCH_TARGET_VERSION=0x020a000000000000"]
@@ -32,10 +39,12 @@ CXX_FLAGS += ["-ffp-contract=fast", "-Wall", "-Wextra", "-Wno-maybe-uninitialize
 NVCC_FLAGS = ["-std=c++20", "-O3", "-DUSE_CUDA", "-cudart", "static", "-Xcompiler", "-fvisibility=hidden"]
 DEFAULT_CUDA_ARCHITECTURES = "8.0;9.0;10.0;12.0+PTX"
 CUDA_HEADERS = ("cuda_runtime.h", "cuda_fp16.h", "cuda_bf16.h")
+VERSION = runpy.run_path(str(ROOT / "diffgap" / "_version.py"))["__version__"]
+BUILD_ID = runpy.run_path(str(ROOT / "diffgap" / "ops" / "_build_id.py"))
 
 
 class Missing(Exception):
-    """What a library needs and this machine lacks, in one line."""
+    """What a library needs and this machine lacks, with the fix, in one line."""
 
 
 def sources(*patterns: str) -> list[str]:
@@ -54,13 +63,21 @@ def find_compiler() -> str:
     raise Missing("a C++20 compiler (apt install g++, or set CXX)")
 
 
+def link_options(library: str) -> list[str]:
+    """Writes the id into the library by which ``diffgap.ops._native`` tells a stale one."""
+    if sys.platform != "linux":
+        return []
+    build_id = BUILD_ID["version_id"](VERSION) + BUILD_ID["sources_id"](ROOT / "csrc", library)
+    return [f"-Wl,--build-id=0x{build_id.hex()}"]
+
+
 def find_torch() -> Any:
     try:
         import torch
     except ImportError:
         raise Missing("torch at build time (install torch, then pip install --no-build-isolation)") from None
     if tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 10):
-        raise Missing(f"torch >= 2.10 at build time, this one is {torch.__version__}")
+        raise Missing(f"torch >= 2.10 at build time, this is {torch.__version__} (pip install --upgrade torch)")
     return torch
 
 
@@ -76,6 +93,7 @@ def cpu_extension() -> Extension:
         libraries=["torch_cpu"],
         depends=sources("csrc/common/*.h", "csrc/cpu/*.h"),
         extra_compile_args={"cxx": [*CXX_FLAGS, *DEFINES, "-isystem", str(library / "include")]},
+        extra_link_args=link_options("_C_cpu"),
         language="c++",
         py_limited_api=True,
     )
@@ -92,11 +110,13 @@ def cuda_folders(home: Path, kind: str) -> list[Path]:
     return [folder for folder in found if folder.is_dir()]
 
 
-def first_with(folders: list[Path], name: str, fix: str) -> str:
+def first_with(folders: list[Path], name: str, torch_cuda: str) -> str:
     for folder in folders:
         if (folder / name).exists():
             return str(folder)
-    raise Missing(f"the CUDA file {name} ({fix})")
+    major = torch_cuda.partition(".")[0]
+    wheel = "nvidia-cuda-runtime-cu12" if major == "12" else "nvidia-cuda-runtime"
+    raise Missing(f"the CUDA file {name} (pip install {wheel}, or install the toolkit of CUDA {major})")
 
 
 def cuda_extension() -> Extension:
@@ -106,15 +126,18 @@ def cuda_extension() -> Extension:
     if CUDA_HOME is None or not (Path(CUDA_HOME) / "bin" / "nvcc").exists():
         raise Missing("nvcc (install the CUDA toolkit, or set CUDA_HOME)")
     if torch.version.cuda is None:
-        raise Missing("a CUDA build of torch, this one is for the CPU alone")
-    nvcc = subprocess.run([f"{CUDA_HOME}/bin/nvcc", "--version"], capture_output=True, text=True, check=True).stdout
-    if f"release {torch.version.cuda.split('.')[0]}." not in nvcc:
-        raise Missing(f"an nvcc of torch's own CUDA major version, {torch.version.cuda}")
+        raise Missing(f"a torch built for CUDA, {torch.__version__} is not (https://pytorch.org/get-started)")
+    said = subprocess.run([f"{CUDA_HOME}/bin/nvcc", "--version"], capture_output=True, text=True).stdout
+    release = re.search(r"release (\d+)\.\d+", said)
+    major = torch.version.cuda.partition(".")[0]
+    if release is None or release[1] != major:
+        found = release[0] if release else "one that does not say its release"
+        raise Missing(f"nvcc of CUDA {major}, as torch is, found {found} (set CUDA_HOME to a toolkit of CUDA {major})")
     os.environ["CXX"] = find_compiler()
     includes = cuda_folders(Path(CUDA_HOME), "include")
-    headers = {first_with(includes, name, "pip install nvidia-cuda-runtime, or the toolkit") for name in CUDA_HEADERS}
+    headers = {first_with(includes, name, torch.version.cuda) for name in CUDA_HEADERS}
     libraries = [folder for kind in ("lib64", "lib") for folder in cuda_folders(Path(CUDA_HOME), kind)]
-    runtime = first_with(libraries, "libcudart_static.a", "pip install nvidia-cuda-runtime, or the toolkit")
+    runtime = first_with(libraries, "libcudart_static.a", torch.version.cuda)
     if not torch.cuda.is_available():
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", DEFAULT_CUDA_ARCHITECTURES)
     library = Path(torch.__file__).parent
@@ -127,7 +150,7 @@ def cuda_extension() -> Extension:
         depends=sources("csrc/common/*.h", "csrc/cuda/*.h", "csrc/cuda/*.cuh"),
         extra_compile_args={"cxx": [*CXX_FLAGS, *DEFINES, "-DUSE_CUDA"], "nvcc": NVCC_FLAGS + DEFINES},
         # Named although no symbol may need it yet, so that loading works without a GPU.
-        extra_link_args=["-Wl,--no-as-needed"],
+        extra_link_args=["-Wl,--no-as-needed", *link_options("_C_cuda")],
         language="c++",
         py_limited_api=True,
     )
@@ -158,17 +181,33 @@ def extensions() -> list[Extension]:
 def build_commands() -> dict[str, Any]:
     from torch.utils.cpp_extension import BuildExtension
 
-    return {"build_ext": BuildExtension}
+    class Build(BuildExtension):
+        """torch's, which leaves the fix to its reader."""
+
+        def build_extensions(self) -> None:
+            try:
+                super().build_extensions()
+            except Exception as error:
+                libraries = [extension.name.removeprefix("diffgap._C_") for extension in self.extensions]
+                switches = " ".join(f"DIFFGAP_{library.upper()}=0" for library in libraries)
+                sys.exit(
+                    f"diffgap: the kernels for {' and '.join(libraries)} do not compile here ({error}, see above); "
+                    f"to install without them, set {switches}"
+                )
+
+    return {"build_ext": Build}
 
 
 ext_modules = extensions()
 setup(
-    # The folder of bundled data counts as a package for setuptools.
+    # Folders of bundled data count as packages for setuptools.
     packages=[
         *find_packages(include=["diffgap", "diffgap.*"]),
         "diffgap.data.sound_effects",
         "diffgap.data.stamps",
+        "diffgap.data.stamps.frames",
         "diffgap.kernels",
+        "diffgap.training.grids",
     ],
     package_dir={"diffgap.kernels": "kernels"},
     ext_modules=ext_modules,

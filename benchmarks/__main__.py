@@ -1,4 +1,4 @@
-"""``python -m benchmarks``: run the cases of some families and report them."""
+"""``python -m benchmarks``: run the cases of some families and report them, or one of the :data:`COMMANDS`."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Sequence
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -21,6 +22,12 @@ from benchmarks.timing import Budget, Clock, CpuClock, CudaClock
 #: One module of this package each, with a function ``cases(size)``.
 FAMILIES = ("schedule", "sampler", "contrastive", "attention", "adaln", "denoiser", "training", "generator")
 
+#: Families that run only where they are named.
+ON_REQUEST = ("modelled",)
+
+#: One module of this package each, with a function ``main(argv)`` that has options of its own.
+COMMANDS = ("proof", "tune")
+
 #: Seconds of timing per case, by size, and after how many the rounds end though there were fewer than five.
 _SECONDS = {"ci": 0.3, "full": 2.0}
 _LIMIT_SECONDS = {"ci": 5.0, "full": 60.0}
@@ -31,9 +38,15 @@ def parser() -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(
         prog="python -m benchmarks",
         description="Time diffgap's operations against the eager reference, torch.compile and other packages.",
+        epilog="python -m benchmarks proof: compile every kernel for every chip. python -m benchmarks tune: find the "
+        "launch configurations of this GPU. Either has --help.",
     )
     add = result.add_argument
-    add("family", nargs="*", help=f"families to run, of {', '.join(FAMILIES)}; none given: all")
+    add(
+        "family",
+        nargs="*",
+        help=f"families to run, of {', '.join(FAMILIES)}; none given: all; on a GPU also {', '.join(ON_REQUEST)}",
+    )
     add("--device", choices=("cpu", "cuda"), default="cpu", help="where the cases run (default: %(default)s)")
     add("--size", choices=tuple(_SECONDS), default="ci", help="ci: small and quick (default); full: the tables")
     add("--threads", type=int, default=torch.get_num_threads(), help="CPU threads (default: %(default)s)")
@@ -45,11 +58,15 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str]) -> int:
     """Run the command line ``argv``; 0 if every implementation was right, else 1."""
+    if argv and argv[0] in COMMANDS:
+        if find_spec("triton") is None:
+            parser().error(f"{argv[0]}: compiles the Triton kernels, and triton is not installed; pip install triton")
+        return int(import_module(f"benchmarks.{argv[0]}").main(argv[1:]))
     options = parser()
     args = options.parse_args(argv)
-    unknown = sorted(set(args.family) - set(FAMILIES))
+    unknown = sorted(set(args.family) - {*FAMILIES, *ON_REQUEST})
     if unknown:
-        options.error(f"family: {', '.join(unknown)} does not exist; use {', '.join(FAMILIES)}")
+        options.error(f"family: {', '.join(unknown)} does not exist; use {', '.join((*FAMILIES, *ON_REQUEST))}")
     if args.threads < 1:
         options.error(f"--threads: must be at least 1, got {args.threads}")
     if args.seconds is not None and not args.seconds > 0:

@@ -9,19 +9,38 @@ from typing import Any
 import torch
 import triton
 from diffgap.kernels import adaln, attention, clip_loss, siglip_loss, similarity
-from diffgap.kernels._attention_configs import config_for
-from diffgap.kernels._tiles import TILES, Product
+from diffgap.kernels.configs import (
+    CONFIGS,
+    SHORT,
+    Attention,
+    Pass,
+    Product,
+    Rows,
+    Tile,
+    adaln_config,
+    attention_config,
+)
+from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 #: Chips that every kernel is compiled for.
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_86": GPUTarget("cuda", 86, 32),
+    "sm_89": GPUTarget("cuda", 89, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
     "sm_100": GPUTarget("cuda", 100, 32),
     "sm_120": GPUTarget("cuda", 120, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
+    "gfx950": GPUTarget("hip", "gfx950", 64),
 }
+
+
+PASSES: tuple[Pass, ...] = ("forward", "backward")
+
+#: Number of the first device that is not there: Triton keeps kernels by device, and those that are have the first ones.
+_ABSENT = 1000
 
 
 class _Driver:
@@ -34,8 +53,7 @@ class _Driver:
         return self._target
 
     def get_current_device(self) -> int:
-        # Kernels are cached by device.
-        return list(TARGETS.values()).index(self._target)
+        return _ABSENT + list(TARGETS.values()).index(self._target)
 
     def get_current_stream(self, device: int) -> int:
         return 0
@@ -71,8 +89,13 @@ def compile_launches(target: str, launch: Callable[[], object]) -> dict[str, Any
     return compiled
 
 
+def dtype_of(product: Product) -> torch.dtype:
+    """A dtype that is multiplied so."""
+    return torch.bfloat16 if product == "half" else torch.float32
+
+
 @contextmanager
-def _multiplied_as(product: Product) -> Iterator[None]:
+def multiplied_as(product: Product) -> Iterator[None]:
     """Inside, torch's setting is that by which kernels multiply float32 so."""
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high" if product == "tf32" else "highest")
@@ -82,17 +105,21 @@ def _multiplied_as(product: Product) -> Iterator[None]:
         torch.set_float32_matmul_precision(precision)
 
 
-def contrastive_kernels(target: str, product: Product, width: int = 512) -> dict[str, Any]:
-    """The kernels of the contrastive ops with the configuration they ship with for a chip, compiled, by
-    ``op/variant/kernel``."""
-    tile = TILES[target, product]
-    dtype = torch.bfloat16 if product == "half" else torch.float32
-    a, scale, none = torch.zeros(1024, width, dtype=dtype), torch.ones(()), torch.zeros(0, 0)
-    vector, lse, logits, ids = torch.zeros(1024), torch.zeros(1024, 2), torch.zeros(1024, 1024), torch.arange(1024)
+#: What makes a tensor of the benchmarks: ``torch.zeros`` to compile, something that has values to run.
+Make = Callable[..., Tensor]
+Launches = dict[str, Callable[[], Any]]
+
+
+def contrastive_launches(
+    tile: Tile, dtype: torch.dtype, width: int, rows: int = 1024, make: Make = torch.zeros
+) -> Launches:
+    """The launch functions of the contrastive ops on ``rows`` embeddings a side, by ``op/variant``."""
+    a, scale, none = make(rows, width, dtype=dtype), make(()), make(0, 0)
+    vector, lse, ids = make(rows), make(rows, 2), torch.arange(rows, device=a.device)
     factors, no_columns = (lse, lse, vector, vector, vector, vector), (lse, lse[:0], vector, vector[:0])
     weights = (vector, vector)
     one_sided = (*no_columns, vector, vector[:0])
-    launches: dict[str, Callable[[], object]] = {
+    return {
         "clip_loss/diagonal": lambda: clip_loss.forward(
             a, a, scale, None, None, None, None, False, 0, None, False, tile
         ),
@@ -105,7 +132,7 @@ def contrastive_kernels(target: str, product: Product, width: int = 512) -> dict
         ),
         "clip_loss_backward/ids": lambda: clip_loss.backward(a, a, scale, ids, ids, *factors, none, None, None, tile),
         "clip_loss_backward/logits": lambda: clip_loss.backward(
-            a, a, scale, None, None, *factors, logits, 0, None, tile
+            a, a, scale, None, None, *factors, make(rows, rows), 0, None, tile
         ),
         "clip_loss_backward/one_sided": lambda: clip_loss.backward(
             a, a, scale, None, None, *one_sided, none, 0, None, tile
@@ -120,50 +147,79 @@ def contrastive_kernels(target: str, product: Product, width: int = 512) -> dict
         "similarity_ranks/ids": lambda: similarity.ranks(a, a, ids, ids, tile),
         "similarity_topk/k=10": lambda: similarity.topk(a, a, 10, tile),
     }
-    with _multiplied_as(product):
-        return {
-            f"{case}/{kernel.strip('_').removesuffix('_kernel')}": compiled
-            for case, launch in launches.items()
-            for kernel, compiled in compile_launches(target, launch).items()
-        }
 
 
-def adaln_kernels(target: str, dtype: torch.dtype, width: int) -> dict[str, Any]:
-    """The kernels of ``adaln`` as they ship for rows of a width, compiled, by ``op/variant/kernel``."""
-    config = adaln.config_for(width, TARGETS[target].warp_size)
-    # Modulation as the denoiser has it: rows of one tensor. As many tokens as make the sums go over several chunks.
-    x, rows = torch.zeros(16, 256, width, dtype=dtype), torch.zeros(16, 6, width, dtype=dtype)
+def adaln_launches(config: Rows, dtype: torch.dtype, width: int, make: Make = torch.zeros) -> Launches:
+    """The launch functions of ``adaln`` on rows of a width, by ``op/variant``.
+
+    Modulation as the denoiser has it, rows of one tensor, and as many tokens as make the sums go over several chunks.
+    """
+    x, rows = make(16, 256, width, dtype=dtype), make(16, 6, width, dtype=dtype)
     shift, scale, gate, *_ = rows.unbind(1)
-    launches: dict[str, Callable[[], object]] = {
+    return {
         "adaln/gated": lambda: adaln.forward(x, x, gate, shift, scale, config),
         "adaln/first": lambda: adaln.forward(x, None, None, shift, scale, config),
         "adaln_backward/gated": lambda: adaln.backward(x, x, x, x, gate, scale, config),
         "adaln_backward/first": lambda: adaln.backward(None, x, x, None, None, scale, config),
         "adaln_backward/per_token": lambda: adaln.backward(x, x, x, x, x, x, config),
     }
+
+
+def attention_launches(
+    forward: Attention,
+    backward: Attention,
+    dtype: torch.dtype,
+    size: tuple[int, int, int],
+    batch: int = 16,
+    make: Make = torch.zeros,
+    plain: bool = False,
+) -> Launches:
+    """The launch functions of attention for queries, keys and d: with all options, which take the most registers, or
+    ``plain``, without any."""
+    n_q, n_k, d = size
+    q, k = (make(batch, n, 8, d, dtype=dtype) for n in (n_q, n_k))
+    weight, mask = make(d), torch.ones(batch, n_k, dtype=torch.bool, device=q.device)
+    options = (None, None, None, d**-0.5, False) if plain else (weight, weight, mask, d**-0.5, True)
+    saved = (q, make(batch, 8, n_q)) if max(n_q, n_k) > SHORT else (None, None)
     return {
-        f"{case}/{kernel.strip('_').removesuffix('_kernel')}": compiled
+        "attention": lambda: attention.forward(q, k, k, *options, forward),
+        "attention_backward": lambda: attention.backward(q, *saved, q, k, k, *options, backward),
+    }
+
+
+def _kernels(target: str, launches: Launches, infix: str = "") -> dict[str, Any]:
+    return {
+        f"{case}{infix}/{kernel.strip('_').removesuffix('_kernel')}": compiled
         for case, launch in launches.items()
         for kernel, compiled in compile_launches(target, launch).items()
     }
 
 
-def attention_kernels(target: str, product: Product, n_q: int, n_k: int, d: int, plain: bool = False) -> dict[str, Any]:
-    """The kernels of attention for one size with the configuration they ship with for a chip, compiled, by
-    ``op/variant/kernel``: with all options, which take the most registers, or ``plain``, without any."""
-    dtype = torch.bfloat16 if product == "half" else torch.float32
-    q, k = (torch.zeros(16, n, 8, d, dtype=dtype) for n in (n_q, n_k))
-    weight, mask = torch.ones(d), torch.ones(16, n_k, dtype=torch.bool)
-    options = (None, None, None, d**-0.5, False) if plain else (weight, weight, mask, d**-0.5, True)
-    forward, backward = (config_for(target, product, n_q, n_k, d, which) for which in ("forward", "backward"))
-    saved = (q, torch.zeros(16, 8, n_q)) if max(n_q, n_k) > attention.SHORT else (None, None)
-    launches: dict[str, Callable[[], object]] = {
-        "attention": lambda: attention.forward(q, k, k, *options, forward),
-        "attention_backward": lambda: attention.backward(q, *saved, q, k, k, *options, backward),
-    }
-    with _multiplied_as(product):
-        return {
-            f"{op}/{'plain' if plain else 'all'}/{kernel.removesuffix('_kernel')}": compiled
-            for op, launch in launches.items()
-            for kernel, compiled in compile_launches(target, launch).items()
-        }
+def contrastive_kernels(target: str, product: Product, width: int = 512, tile: Tile | None = None) -> dict[str, Any]:
+    """The kernels of the contrastive ops with the configuration they ship with for a chip, or another, compiled, by
+    ``op/variant/kernel``."""
+    with multiplied_as(product):
+        tile = tile or CONFIGS[target].contrastive[product]
+        return _kernels(target, contrastive_launches(tile, dtype_of(product), width))
+
+
+def adaln_kernels(target: str, dtype: torch.dtype, width: int, config: Rows | None = None) -> dict[str, Any]:
+    """The kernels of ``adaln`` as they ship for rows of a width, or otherwise, compiled, by ``op/variant/kernel``."""
+    return _kernels(target, adaln_launches(config or adaln_config(target, width), dtype, width))
+
+
+def attention_kernels(
+    target: str,
+    product: Product,
+    n_q: int,
+    n_k: int,
+    d: int,
+    plain: bool = False,
+    config: Attention | None = None,
+) -> dict[str, Any]:
+    """The kernels of attention for one size with the configurations they ship with for a chip, or another, compiled,
+    by ``op/variant/kernel``."""
+    forward, backward = (config or attention_config(target, product, n_q, n_k, d, x) for x in PASSES)
+    with multiplied_as(product):
+        launches = attention_launches(forward, backward, dtype_of(product), (n_q, n_k, d), plain=plain)
+        return _kernels(target, launches, "/plain" if plain else "/all")

@@ -10,7 +10,7 @@ with the pipes and rates of :mod:`benchmarks.model`, so every time is a lower bo
   conversions, addresses and a grid's last wave are left out for all. A kernel lasts a launch at least.
 - Tensor cores run at their published peak. On an H100 it is WGMMA's, which tiles of fewer than 64 rows and kernels made
   for an A100, flash's and xformers', do not use.
-- Our tiles are those of ``kernels/_attention_configs.py``; what our programs load twice comes from L2, never from L1.
+- Our tiles are those of ``kernels/configs.py``; what our programs load twice comes from L2, never from L1.
 
 ================  ==============================================  =====================================================
 implementation    forward, per (batch, head)                      backward
@@ -45,7 +45,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from diffgap.kernels._attention_configs import SHORT, Pass, config_for
+from diffgap.kernels.configs import SHORT, Pass, attention_config
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
@@ -188,7 +188,7 @@ def ours(gpu: Gpu, shape: Shape) -> Passes:
 
 def _tile(gpu: Gpu, shape: Shape, which: Pass) -> tuple[tuple[int, int], int]:
     """Rows that a program holds, rows that it walks over, and how many pairs share them."""
-    config = config_for(gpu.chip, "half", shape.n_q, shape.n_k, HEAD_DIM, which)
+    config = attention_config(gpu.chip, "half", shape.n_q, shape.n_k, HEAD_DIM, which)
     return (config.block_m, config.block_n), config.pairs
 
 

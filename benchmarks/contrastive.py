@@ -82,14 +82,14 @@ def clip_budget_case(rows: int, width: int) -> Case:
     )
 
 
-def clip_large_case(rows: int, width: int, copies: int) -> Case:
-    """``clip_loss`` where no N x N matrix fits.
+def clip_large_case(rows: int, width: int, copies: int, dtype: torch.dtype = torch.float32) -> Case:
+    """``clip_loss`` of more rows than an oracle, or the memory of most machines, has room for.
 
     Its rows are ``copies`` of each pair of a smaller batch, shuffled: then every softmax is that batch's, spread evenly
     over the copies. The loss is larger by ``log(copies)``, a gradient that of the original over ``copies``, and the
     scale's gradient the same. So all outputs have an oracle at a ``copies**2``-th of the work.
     """
-    base = clip_case(rows // copies, width, torch.float32)
+    base = clip_case(rows // copies, width, dtype)
     order = torch.randperm(rows, generator=torch.Generator().manual_seed(1)) % (rows // copies)
 
     def inputs(device: torch.device) -> Inputs:
@@ -104,16 +104,19 @@ def clip_large_case(rows: int, width: int, copies: int) -> Case:
         return loss + torch.tensor(float(copies)).log(), grad_a[index] / copies, grad_b[index] / copies, grad_scale
 
     def infeasible(device: torch.device) -> Mapping[str, str]:
-        gib = 4 * rows * rows / 2**30
-        stored = f"needs several N x N matrices of {gib:.0f} GiB"
-        reasons = dict.fromkeys(("eager", "compile", "open_clip"), stored)
+        stored = dtype.itemsize * rows * rows
+        reasons: dict[str, str] = {}
+        # The logits and log-softmaxes of both directions, and their gradients.
+        if device.type == "cpu" or 8 * stored > torch.cuda.get_device_properties(device).total_memory:
+            text = f"needs several N x N matrices of {stored / 2**30:.0f} GiB"
+            reasons = dict.fromkeys(("eager", "compile", "open_clip"), text)
         if device.type == "cpu":
             reasons |= dict.fromkeys(("torch_lce", "torch_chunked"), "minutes a call; see the smaller batch")
         return reasons
 
     return Case(
-        f"clip_loss/fwd+bwd/{rows}x{width}/fp32",
-        torch.float32,
+        f"clip_loss/fwd+bwd/{rows}x{width}/{_DTYPES[dtype]}",
+        dtype,
         inputs,
         _clip,
         CLIP_PEERS,

@@ -1,7 +1,8 @@
-"""Published rates of the GPUs that the models are made for."""
+"""Published rates of the GPUs that the models are made for: one of every chip that the kernels are compiled for."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 
@@ -15,6 +16,11 @@ class Gpu:
     GPU, 200 and 400 Gb/s); CUDA C++ Programming Guide, throughput of native arithmetic instructions, compute capability
     8.0 and 9.0 (FP32, INT, special functions). A100's whitepaper gives L2's 5,120 bytes a clock; no document gives
     H100's, which is taken as that.
+
+    The others: data sheets of A10, L40S, HGX B200 (an eighth of it, half of its rates with sparsity) and MI300X and
+    MI355X; Ada and RTX Blackwell GPU Architecture whitepapers (multiprocessors, clocks, L2); the same tables of native
+    instructions; AMD CDNA 3 whitepaper (L2: 2 KiB a clock for each of eight dies; special functions at a quarter of the
+    rate). Where no document gives L2's rate it is no limit, and where links do not matter they have none.
     """
 
     name: str
@@ -32,6 +38,11 @@ class Gpu:
     infiniband: float
     l2_bytes: int
     l2_bytes_per_clock: float = 5120.0
+
+    @property
+    def matrix_fp32(self) -> float:
+        """Products of IEEE float32, which take the FP32 units, or AMD's matrix cores at as high a rate."""
+        return 2 * self.fp32 * self.multiprocessors * self.clock
 
 
 A100 = Gpu(
@@ -67,3 +78,38 @@ H100 = Gpu(
     l2_bytes=50 << 20,
 )
 GPUS = (A100, H100)
+
+
+def _without_links(
+    name: str,
+    chip: str,
+    multiprocessors: int,
+    clock: float,
+    bf16: float,
+    tf32: float,
+    integer: float,
+    hbm: float,
+    memory: int,
+    l2_bytes: int,
+    l2_bytes_per_clock: float = math.inf,
+) -> Gpu:
+    """With 128 FP32 units and 16 special ones a multiprocessor, as all chips since sm_80 have."""
+    return Gpu(
+        *(name, chip, multiprocessors, clock, bf16, tf32, 16, 128, integer, hbm, memory, 0.0, 0.0),
+        *(l2_bytes, l2_bytes_per_clock),
+    )
+
+
+A10 = _without_links("A10", "sm_86", 72, 1.695e9, 125e12, 62.5e12, 64, 600e9, 24 * 10**9, 6 << 20)
+L40S = _without_links("L40S", "sm_89", 142, 2.52e9, 362.05e12, 183e12, 64, 864e9, 48 * 10**9, 96 << 20)
+# At its clock 148 multiprocessors make the published 75e12 in float32.
+B200 = _without_links("B200", "sm_100", 148, 1.98e9, 2.25e15, 1.125e15, 64, 8e12, 180 * 10**9, 126 << 20)
+RTX_5090 = _without_links("RTX 5090", "sm_120", 170, 2.407e9, 209.5e12, 104.8e12, 128, 1.792e12, 32 * 10**9, 96 << 20)
+# What spares HBM is the Infinity Cache of 256 MB. CDNA 4 has no TF32.
+MI300X = _without_links(
+    "MI300X", "gfx942", 304, 2.1e9, 1307.4e12, 653.7e12, 64, 5.3e12, 192 * 10**9, 256 << 20, 16384.0
+)
+MI355X = _without_links("MI355X", "gfx950", 256, 2.4e9, 2516.6e12, 0.0, 64, 8e12, 288 * 10**9, 256 << 20, 16384.0)
+
+#: One for every chip.
+OF_CHIP = {gpu.chip: gpu for gpu in (A100, A10, L40S, H100, B200, RTX_5090, MI300X, MI355X)}

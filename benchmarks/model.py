@@ -29,7 +29,8 @@ from typing import Any, Literal
 
 import torch
 from diffgap.kernels import clip_loss
-from diffgap.kernels._tiles import TILES, WORKSPACE_BYTES, Tile
+from diffgap.kernels._tiles import WORKSPACE_BYTES
+from diffgap.kernels.configs import CONFIGS, Tile
 
 from benchmarks.aot import compile_launches
 from benchmarks.gpus import GPUS, Gpu
@@ -62,7 +63,7 @@ class Kernel:
 
     name: str
     flops: float = 0.0
-    precision: Literal["bf16", "tf32"] = "bf16"
+    precision: Literal["bf16", "tf32", "fp32"] = "bf16"
     special: float = 0.0
     fp32: float = 0.0
     integer: float = 0.0
@@ -75,7 +76,9 @@ class Kernel:
         """Seconds that each pipe alone needs."""
         clocks = gpu.multiprocessors * gpu.clock
         return {
-            "tensor": self.flops / (gpu.bf16 if self.precision == "bf16" else gpu.tf32),
+            "tensor": self.flops / {"bf16": gpu.bf16, "tf32": gpu.tf32, "fp32": gpu.matrix_fp32}[self.precision]
+            if self.flops
+            else 0.0,
             "special": self.special / (gpu.special * clocks),
             "fp32": self.fp32 / (gpu.fp32 * clocks),
             "integer": self.integer / (gpu.integer * clocks),
@@ -113,7 +116,7 @@ class Implementation:
 
 def ours(gpu: Gpu, rows: int, width: int, counts: Mapping[str, Counts]) -> Implementation:
     """diffgap's Triton kernels; ``counts`` of ``_forward_kernel`` and ``_gradient_kernel``."""
-    tile = TILES[gpu.chip, "half"]
+    tile = CONFIGS[gpu.chip].contrastive["half"]
     logits, side = float(rows) ** 2, rows * width  # side: elements of a, and of b
     unit = 2 * logits * width
     gradient_tile = tile.for_gradient()
@@ -228,7 +231,7 @@ def _with_instructions(kernel: Kernel, counts: Counts, gpu: Gpu, tile: Tile, row
 
 def compiled_counts(gpu: Gpu, width: int = 512) -> dict[str, Counts]:
     """The instructions of our two kernels, compiled for ``gpu``."""
-    tile = TILES[gpu.chip, "half"]
+    tile = CONFIGS[gpu.chip].contrastive["half"]
     n = 2 * tile.block_m
     a, b = torch.zeros(2, n, width, dtype=torch.bfloat16)
     scale, lse, factor = torch.zeros(()), torch.zeros(n, 2), torch.zeros(n)

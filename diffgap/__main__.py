@@ -1,5 +1,22 @@
-"""``python -m diffgap``: the command line."""
+"""``diffgap``, ``python -m diffgap``: the command line, or in one line why this environment cannot run it."""
 
-from diffgap.cli import main
+from __future__ import annotations
 
-main()
+import sys
+
+__all__ = ["main"]
+
+
+def main() -> None:
+    """Entry point of the ``diffgap`` command."""
+    try:
+        from diffgap import cli
+    except ImportError as error:
+        fix = f"; run: pip install {error.name}" if isinstance(error, ModuleNotFoundError) else ""
+        print(f"diffgap: {error}{fix}", file=sys.stderr)
+        sys.exit(2)
+    cli.main()
+
+
+if __name__ == "__main__":
+    main()

@@ -55,7 +55,9 @@ def _devices() -> list[Row]:
         rows.append(Row(f"cuda:{index}", properties.name, f"{capability}, {properties.total_memory >> 30} GiB"))
     if not torch.cuda.is_available():
         built = torch.version.cuda
-        note = f"torch is built for CUDA {built}, no device is visible" if built else "torch is built without CUDA"
+        note = "torch is built without CUDA; for a GPU install another: https://pytorch.org/get-started"
+        if built:
+            note = f"no device is visible; for a GPU, nvidia-smi must show CUDA {built} or newer, as torch is built for"
         rows.append(Row("cuda", "none", note))
     return rows
 

@@ -1,4 +1,4 @@
-"""The tile of similarities that every contrastive kernel computes, its sizes per chip, and the products of gradients.
+"""The tile of similarities that every contrastive kernel computes, and the products of gradients.
 
 Names inside kernels: ``b_`` values of a block, ``p_`` pointers, ``o_`` offsets, ``m_`` masks, ``i_`` indices of
 programs and blocks.
@@ -10,12 +10,12 @@ programs and blocks.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
+from diffgap.kernels.configs import Tile
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -23,105 +23,6 @@ LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 
 #: Bytes of scratch a launch function takes at most when the caller sets no limit.
 WORKSPACE_BYTES = 64 << 20
-
-Product = Literal["half", "tf32", "ieee"]
-
-
-@dataclass(frozen=True)
-class Tile:
-    """Sizes of one tile and how it is computed; ``programs`` is how many fit on a multiprocessor at a time."""
-
-    block_m: int
-    block_n: int
-    block_d: int
-    num_warps: int
-    num_stages: int
-    programs: int
-
-    def for_gradient(self) -> Tile:
-        """The tile where S and its gradient stand side by side: at most 64 columns, or registers would spill."""
-        return replace(self, block_n=min(self.block_n, 64))
-
-    def options(self, x: Tensor) -> dict[str, Any]:
-        """Launch arguments of a kernel that computes tiles of the rows of ``x``."""
-        return {
-            "BLOCK_M": self.block_m,
-            "BLOCK_N": self.block_n,
-            "BLOCK_D": self.block_d,
-            "PRECISION": input_precision(x),
-            "WIDEN": widens(x),
-            "num_warps": self.num_warps,
-            "num_stages": self.num_stages,
-        }
-
-
-# A tile of 128 x 128 reads half of what 64 x 64 reads per product. Its exponentials and their sums take over 128
-# registers a thread at 8 warps, the most that lets two programs share a multiprocessor; so one has all of them, none
-# spill, and the shared memory goes into stages.
-TILES: dict[tuple[str, Product], Tile] = {
-    # 100 KiB of shared memory on 8.6 and 8.9; a stage is 16 KiB, and one stage less is buffered than counted.
-    ("sm_80", "half"): Tile(128, 128, 32, 8, 4, 1),
-    ("sm_80", "tf32"): Tile(128, 64, 32, 8, 3, 1),
-    # 228 KiB, and instructions of a warp group that want 128 bytes a row.
-    ("sm_90", "half"): Tile(128, 128, 64, 8, 4, 1),
-    ("sm_90", "tf32"): Tile(128, 128, 32, 8, 4, 1),
-    # A thread reads whole rows of tensor memory, so sums over columns take a register for each: fewer columns.
-    ("sm_100", "half"): Tile(128, 64, 64, 8, 4, 1),
-    ("sm_100", "tf32"): Tile(128, 64, 32, 8, 4, 1),
-    # 100 KiB, and the instructions of a warp of sm_80.
-    ("sm_120", "half"): Tile(128, 128, 32, 8, 4, 1),
-    ("sm_120", "tf32"): Tile(128, 64, 32, 8, 3, 1),
-    # 64 KiB, of which two stages take one buffer.
-    ("gfx942", "half"): Tile(128, 128, 64, 8, 2, 1),
-    ("gfx942", "tf32"): Tile(128, 64, 32, 8, 2, 1),
-    # IEEE float32 has no tensor core; the operands' blocks stand in registers as well.
-    **{(chip, "ieee"): Tile(64, 64, 32, 8, 2, 1) for chip in ("sm_80", "sm_90", "gfx942")},
-    **{(chip, "ieee"): Tile(64, 64, 16, 8, 2, 1) for chip in ("sm_100", "sm_120")},
-}
-
-
-def product_kind(x: Tensor) -> Product:
-    """How the rows of ``x`` are multiplied; float32 in TF32 only where torch is told so."""
-    if x.dtype != torch.float32:
-        return "half"
-    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
-
-
-def input_precision(x: Tensor) -> str:
-    """The argument of ``tl.dot``."""
-    return "tf32" if product_kind(x) == "tf32" else "ieee"
-
-
-def widens(x: Tensor) -> bool:
-    """Whether kernels compute in float32 what is bfloat16: Triton's interpreter multiplies it wrongly, and truncates
-    where it should round."""
-    return bool(triton.knobs.runtime.interpret) and x.dtype == torch.bfloat16
-
-
-def chip_of(x: Tensor) -> str:
-    """The chip of the tables that the device of ``x`` takes.
-
-    Raises:
-        RuntimeError: a GPU that Triton does not compile for.
-    """
-    if torch.version.hip is not None:
-        return "gfx942"
-    major, minor = torch.cuda.get_device_capability(x.device)
-    if major < 8:
-        raise RuntimeError(
-            f"the Triton kernels need compute capability 8.0, this GPU has {major}.{minor}; "
-            "use diffgap.backend('eager')"
-        )
-    return {9: "sm_90", 10: "sm_100", 12: "sm_120"}.get(major, "sm_80")
-
-
-def tile_for(x: Tensor) -> Tile:
-    """The row of the table for the device and dtype of ``x``.
-
-    Raises:
-        RuntimeError: a GPU that Triton does not compile for.
-    """
-    return TILES[chip_of(x), product_kind(x)]
 
 
 def program_slots(x: Tensor, tile: Tile) -> int:

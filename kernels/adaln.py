@@ -17,12 +17,11 @@ atomic. Names inside kernels as in ``_tiles``.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
 from diffgap.kernels._tiles import blocks, store_gradient
+from diffgap.kernels.configs import Rows, adaln_config, chip_of
 from torch import Tensor
 
 _EPS: tl.constexpr = tl.constexpr(1e-6)
@@ -35,32 +34,6 @@ _LONGEST_CHUNK = 256
 
 #: Features that a program of the merging kernel adds up, in 4 warps: 16 bytes a thread.
 _MERGE_BLOCK = 512
-
-
-@dataclass(frozen=True)
-class Config:
-    """How a program holds rows: ``rows`` of them, ``block_d`` features each, in ``num_warps`` warps.
-
-    ``keeps_sums`` where registers suffice for the sums over a chunk too; else every token is a chunk.
-    """
-
-    rows: int
-    block_d: int
-    num_warps: int
-    keeps_sums: bool
-
-
-def config_for(width: int, warp: int) -> Config:
-    """How to hold rows of ``width`` features, on a chip with ``warp`` threads a warp.
-
-    A thread holds 8 elements of each tensor, 16 bytes of a 16-bit dtype: the backward pass has nine of them at a time,
-    and with more elements would leave registers for too few warps to keep the memory busy. Above 4096 features 512
-    threads share a row, since 1024 would have but 64 registers each; then nine do not fit.
-    """
-    block_d = max(triton.next_power_of_2(width), 16)
-    rows = max(1024 // block_d, 1)
-    threads = min(rows * block_d // 8, 512)
-    return Config(rows, block_d, threads // warp, keeps_sums=rows * block_d <= 8 * threads)
 
 
 @triton.jit
@@ -178,7 +151,7 @@ def forward(
     gate: Tensor | None,
     shift: Tensor,
     scale: Tensor,
-    config: Config | None = None,
+    config: Rows | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``diffgap::adaln``; ``config`` for tests and compilation without a GPU."""
     b, n, d = x.shape
@@ -203,7 +176,7 @@ def backward(
     branch: Tensor | None,
     gate: Tensor | None,
     scale: Tensor,
-    config: Config | None = None,
+    config: Rows | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """``diffgap::adaln_backward``; ``config`` for tests and compilation without a GPU."""
     b, n, d = x.shape
@@ -236,8 +209,8 @@ def backward(
     return dx, dbranch, dgate, dshift, dscale
 
 
-def _config(x: Tensor) -> Config:
-    return config_for(x.shape[2], 64 if torch.version.hip is not None else 32)
+def _config(x: Tensor) -> Rows:
+    return adaln_config(chip_of(x), x.shape[2])
 
 
 def _chunk(samples: int, tokens: int, rows: int) -> int:

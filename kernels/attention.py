@@ -9,14 +9,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from diffgap.kernels._attention_configs import SHORT, Config, Pass, config_for
 from diffgap.kernels._attention_long import (
     long_backward_keys_kernel,
     long_backward_queries_kernel,
     long_forward_kernel,
 )
 from diffgap.kernels._attention_short import short_backward_kernel, short_forward_kernel
-from diffgap.kernels._tiles import blocks, chip_of, product_kind
+from diffgap.kernels._tiles import blocks
+from diffgap.kernels.configs import SHORT, Attention, Pass, attention_config, chip_of, product_kind
 from torch import Tensor
 
 
@@ -29,7 +29,7 @@ def forward(
     key_mask: Tensor | None,
     scale: float,
     causal: bool,
-    config: Config | None = None,
+    config: Attention | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``diffgap::attention``; ``config`` for tests and compilation without a GPU."""
     b, n_q, h, d = q.shape
@@ -71,7 +71,7 @@ def backward(
     key_mask: Tensor | None,
     scale: float,
     causal: bool,
-    config: Config | None = None,
+    config: Attention | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """``diffgap::attention_backward``; ``config`` for tests and compilation without a GPU."""
     b, n_q, h, d = q.shape
@@ -112,13 +112,13 @@ def backward(
     return dq, dk, dv, parts_q.sum(0), parts_k.sum(0)
 
 
-def _config(q: Tensor, k: Tensor, which: Pass) -> Config:
+def _config(q: Tensor, k: Tensor, which: Pass) -> Attention:
     """The row of the tables for the device, dtype and sizes."""
-    return config_for(chip_of(q), product_kind(q), q.shape[1], k.shape[1], q.shape[3], which)
+    return attention_config(chip_of(q), product_kind(q), q.shape[1], k.shape[1], q.shape[3], which)
 
 
 def _options(
-    config: Config,
+    config: Attention,
     q: Tensor,
     q_weight: Tensor | None,
     k_weight: Tensor | None,

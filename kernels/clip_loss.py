@@ -16,7 +16,6 @@ import triton
 import triton.language as tl
 from diffgap.kernels._tiles import (
     LOG2E,
-    Tile,
     accumulate,
     add_to,
     blocks,
@@ -28,9 +27,9 @@ from diffgap.kernels._tiles import (
     positives,
     program_slots,
     store_gradient,
-    tile_for,
     tile_product,
 )
+from diffgap.kernels.configs import Tile, tile_for
 from torch import Tensor
 
 _MERGE_BLOCK = 128

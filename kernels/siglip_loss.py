@@ -14,7 +14,6 @@ import triton
 import triton.language as tl
 from diffgap.kernels._tiles import (
     LOG2E,
-    Tile,
     accumulate,
     add_to,
     float16_unit,
@@ -24,9 +23,9 @@ from diffgap.kernels._tiles import (
     padded,
     positives,
     store_gradient,
-    tile_for,
     tile_product,
 )
+from diffgap.kernels.configs import Tile, tile_for
 from torch import Tensor
 
 

@@ -12,7 +12,8 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from diffgap.kernels._tiles import WORKSPACE_BYTES, Tile, blocks, padded, program_slots, tile_for, tile_product
+from diffgap.kernels._tiles import WORKSPACE_BYTES, blocks, padded, program_slots, tile_product
+from diffgap.kernels.configs import Tile, tile_for
 from torch import Tensor
 
 # Programs per place on the device: the last, partly filled round is then one of four or more.

@@ -235,7 +235,7 @@ def moved(kernels: tuple) -> float:
 
 
 def config_of(model: ModuleType, gpu: Gpu, n: int, which: str) -> Any:
-    return model.config_for(gpu.chip, "half", n, n, 64, which)
+    return model.attention_config(gpu.chip, "half", n, n, 64, which)
 
 
 def test_model_bytes_and_operations_by_hand(model: ModuleType) -> None:
@@ -268,7 +268,7 @@ def test_model_of_the_long_path(model: ModuleType, monkeypatch: pytest.MonkeyPat
     configs = {"forward": SimpleNamespace(block_m=64, block_n=128, pairs=1)}
     configs["backward"] = SimpleNamespace(block_m=64, block_n=32, pairs=1)
     asked = []
-    monkeypatch.setattr(model, "config_for", lambda *sizes: asked.append(sizes) or configs[sizes[-1]])
+    monkeypatch.setattr(model, "attention_config", lambda *sizes: asked.append(sizes) or configs[sizes[-1]])
     q, k, lse = 8 * 8 * 100 * 64 * 2, 8 * 8 * 200 * 64 * 2, 8 * 8 * 100 * 4
     ours = model.ours(H100, model.Shape(8, 100, 200))
     assert asked == [("sm_90", "half", 100, 200, 64, which) for which in ("forward", "backward")]

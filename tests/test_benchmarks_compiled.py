@@ -1,35 +1,22 @@
-"""The table of compiled kernels: what is read from machine code, and how many blocks a multiprocessor holds."""
+"""Compiled kernels: what is read from machine code, and how many blocks a multiprocessor holds."""
 
 from __future__ import annotations
 
 import importlib
-import json
 import os
-from collections.abc import Callable
-from pathlib import Path
 from types import ModuleType, SimpleNamespace
-from typing import Any
 
 import pytest
+
+pytest.importorskip("triton")
+
+from benchmarks import sass
 
 
 @pytest.fixture
 def compiled() -> ModuleType:
     pytest.importorskip("triton")
     return importlib.import_module("benchmarks.compiled")
-
-
-@pytest.fixture
-def row(compiled: ModuleType) -> Callable[..., Any]:
-    def build(**changes: object) -> Any:
-        fields: dict[str, object] = {
-            **{"family": "adaln", "chip": "sm_90", "dtype": "bf16", "size": "512", "kernel": "adaln/gated/forward"},
-            **{"registers": 40, "spilled_bytes": 0, "shared_bytes": 1536, "warps": 4, "tensor_instructions": 7},
-            **{"load_bytes": 16, "store_bytes": 8, "blocks": 12, "limit": "registers"},
-        }
-        return compiled.Row(**fields | changes)
-
-    return build
 
 
 @pytest.mark.parametrize(
@@ -72,33 +59,18 @@ def test_occupancy_by_hand(
     assert compiled.occupancy(chip, warps, registers, shared_bytes, tensor_columns) == (blocks, limit)
 
 
-def test_every_configuration_of_attention_is_in_the_table(compiled: ModuleType) -> None:
-    from diffgap.kernels._attention_configs import config_for
-
-    cases = [case for case in compiled.cases() if case.family == "attention"]
-    lengths = [1, 3, 4, 5, 7, 8, 9, 16, 17, 32, 33, 64, 65, 4096]
-    for chip in compiled.TARGETS:
-        for dtype, product in compiled._PRODUCTS.items():
-            sizes = [case.size for case in cases if (case.chip, case.dtype) == (chip, dtype)]
-            for which in ("forward", "backward"):
-                listed = {config_for(chip, product, *size, which) for size in sizes}
-                shipped = {
-                    config_for(chip, product, n_q, n_k, d, which)
-                    for n_q in lengths
-                    for n_k in lengths
-                    for d in (64, 128)
-                }
-                assert shipped == listed
-
-
 def test_every_family_has_every_chip(compiled: ModuleType) -> None:
-    cases = compiled.cases()
-    assert len(set(cases)) == len(cases)
-    for name, family in compiled.FAMILIES.items():
-        of_family = [case for case in cases if case.family == name]
-        assert len(of_family) == len(compiled.TARGETS) * len(family.dtypes) * len(family.sizes)
-        assert {case.chip for case in of_family} == set(compiled.TARGETS) == set(compiled.MULTIPROCESSORS)
-    assert {case.family for case in compiled.cases(["adaln"])} == {"adaln"}
+    for size in ("ci", "full"):
+        cases = compiled.cases(size)
+        assert len(set(cases)) == len(cases)
+        assert {(case.family, case.chip) for case in cases} == {
+            (family, chip) for family in compiled.FAMILIES for chip in compiled.TARGETS
+        }
+    assert {case.family for case in compiled.cases("full", ["adaln"])} == {"adaln"}
+    assert {case.chip for case in compiled.cases("full", chips=["sm_90"])} == {"sm_90"}
+    # Triton refuses TF32 there.
+    of_cdna4 = {(case.family, case.dtype) for case in compiled.cases("full", chips=["gfx950"])}
+    assert of_cdna4 == {(x, dtype) for x in compiled.FAMILIES for dtype in ("bf16", "fp32")}
 
 
 def test_nvidia_code(compiled: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -114,14 +86,15 @@ def test_nvidia_code(compiled: ModuleType, monkeypatch: pytest.MonkeyPatch) -> N
         /*0070*/                   STS.128 [R5], R4 ;
         /*0080*/                   EXIT ;
 """
-    monkeypatch.setattr(compiled, "sass", lambda kernel: text)
     monkeypatch.setattr(compiled, "resources", lambda kernel: SimpleNamespace(registers=72, local_bytes=16))
     kernel = SimpleNamespace(metadata=SimpleNamespace(shared=4096))
-    assert compiled.nvidia_code(kernel) == compiled.Code(72, 16, 4096, 2, 16, 4)
-    monkeypatch.setattr(compiled, "sass", lambda kernel: text.replace("STG.E ", "STG.E.ENL2.256 "))
-    assert compiled.nvidia_code(kernel).store_bytes == 32
-    monkeypatch.setattr(compiled, "sass", lambda kernel: "")
-    assert compiled.nvidia_code(kernel) == compiled.Code(72, 16, 4096, 0, 0, 0)
+    assert compiled.nvidia_code(kernel, text) == compiled.Code(72, 16, 4096, "HMMA", 2, 16, 2, 4)
+    assert compiled.nvidia_code(kernel, text.replace("STG.E ", "STG.E.ENL2.256 ")).store_bytes == 32
+    # One instruction of a warp group beside others.
+    groups = compiled.nvidia_code(kernel, text.replace("HMMA.16816", "HGMMA.64x64x16", 1))
+    assert (groups.tensor, groups.tensor_instructions) == ("HGMMA", 2)
+    assert compiled.nvidia_code(kernel, text.replace("HMMA.", "UTCHMMA.")).tensor == "UTCHMMA"
+    assert compiled.nvidia_code(kernel, "") == compiled.Code(72, 16, 4096, "", 0, 0, 0, 0)
 
 
 def test_amd_code(compiled: ModuleType) -> None:
@@ -139,7 +112,7 @@ def test_amd_code(compiled: ModuleType) -> None:
     .vgpr_count:     293
 """
     kernel = SimpleNamespace(asm={"amdgcn": text}, metadata=SimpleNamespace(shared=16384))
-    assert compiled.amd_code(kernel) == compiled.Code(293, 12, 16384, 2, 16, 4)
+    assert compiled.amd_code(kernel) == compiled.Code(293, 12, 16384, "v_mfma", 2, 16, 1, 4)
     kernel.asm["amdgcn"] = text.replace(".vgpr_count", ".registers")
     with pytest.raises(ValueError, match="vgpr_count"):
         compiled.amd_code(kernel)
@@ -148,52 +121,67 @@ def test_amd_code(compiled: ModuleType) -> None:
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="what is interpreted cannot be compiled")
 def test_kernels_are_compiled_and_examined(compiled: ModuleType) -> None:
     case = compiled.Case("attention", "sm_80", "bf16", (16, 16, 64))
-    rows = compiled.examine_all([case])
+    rows = compiled.compile_case(case)
     assert [row.kernel for row in rows] == ["attention/all/short_forward", "attention_backward/all/short_backward"]
     for row, products in zip(rows, (2, 5), strict=True):
-        assert (row.family, row.chip, row.dtype, row.size, row.kind) == (*case[:3], "16x16x64", "compiled")
-        assert 32 <= row.registers <= 255 and row.spilled_bytes == 0 and row.warps == 2 and row.shared_bytes > 0
-        assert row.load_bytes == row.store_bytes == 16
-        # An instruction multiplies 16 x 8 x 16; each warp has half of the columns.
-        assert row.tensor_instructions == products * (16 * 16 * 64) // (16 * 8 * 16) // 2
-        assert (row.blocks, row.limit) == compiled.occupancy("sm_80", 2, row.registers, row.shared_bytes)
+        code = row.code
+        assert row.case == case and row.config == "BLOCK_M=16 BLOCK_N=16 BLOCK_D=64 CHUNK=64 warps=2 stages=1"
+        assert 32 <= code.registers <= 255 and code.spilled_bytes == 0 and row.warps == 2 and code.shared_bytes > 0
+        assert code.load_bytes == code.store_bytes == 16
+        # An instruction multiplies 16 x 8 x 16; each warp has half of the columns. There is no loop.
+        assert code.tensor_instructions == products * (16 * 16 * 64) // (16 * 8 * 16) // 2
+        assert [level.tensor for level in row.counts] == [code.tensor_instructions]
+        assert (row.blocks, row.limit) == compiled.occupancy("sm_80", 2, code.registers, code.shared_bytes)
+        assert row.occupancy == row.blocks * 2 / 64
 
 
-def test_summary_has_the_extremes(compiled: ModuleType, row: Callable[..., Any]) -> None:
-    rows = [row(), row(registers=255, spilled_bytes=288, blocks=1), row(shared_bytes=4096), row(chip="gfx942")]
-    head, _, first, second, end = compiled.summary(rows)
-    assert head.count("|") == first.count("|") == 9 and end == ""
-    assert first == "| adaln | sm_90 | 3 | 255 | 1 | 288 B | 4 KiB | 4 |"
-    assert second == "| adaln | gfx942 | 1 | 40 | 0 | 0 B | 1.5 KiB | 48 |"
+LOOPS = """
+        /*0000*/                   MOV R1, c[0x0][0x28] ;
+        /*0010*/                   MUFU.EX2 R3, R2 ;
+.L_x_1:
+        /*0020*/                   IADD3 R4, R4, 0x1, RZ ;
+.L_x_0:
+        /*0030*/                   LDGSTS.E.BYPASS.128 [R5], desc[UR4][R6.64] ;
+        /*0040*/                   HMMA.16816.F32.BF16 R8, R12, R16, R8 ;
+        /*0050*/                   FFMA R8, R8, R9, R10 ;
+        /*0060*/               @P0 BRA `(.L_x_0) ;
+        /*0070*/               @P1 BRA `(.L_x_1) ;
+        /*0080*/                   EXIT ;
+"""
 
 
-def test_main_prints_and_writes_compiled_rows_only(
-    compiled: ModuleType,
-    row: Callable[..., Any],
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    asked: list[Any] = []
-    monkeypatch.setattr(compiled, "examine_all", lambda cases: asked.extend(cases) or [row(), row(chip="gfx942")])
-    path = tmp_path / "compiled.json"
-    assert compiled.main(["adaln", "--json", str(path)]) == 0
-    assert asked == compiled.cases(["adaln"])
-    printed = capsys.readouterr().out
-    assert path.with_suffix(".md").read_text(encoding="utf-8").strip() == printed.strip()
-    assert "No GPU has run any of this" in printed and "measured" not in printed
-    assert "`python -m benchmarks.compiled adaln`" in printed
-    lines = printed.splitlines()
-    assert "## adaln on gfx942 (compiled)" in lines
-    line = "| bf16 | 512 | adaln/gated/forward | 40 | 0 B | 1.5 KiB | 4 | 7 | 16 B | 8 B | 12 | registers |"
-    assert lines.count(line) == 2
-    document = json.loads(path.read_text(encoding="utf-8"))
-    assert [(row["chip"], row["kind"]) for row in document["rows"]] == [("sm_90", "compiled"), ("gfx942", "compiled")]
-    assert set(document["header"]) == {"date", "command", "versions", "kind"}
-    assert len(list(tmp_path.iterdir())) == 2
+def test_counts_of_a_loop() -> None:
+    assert sass.loop_counts(LOOPS) == sass.LoopCounts(tensor=1, mufu=0, fp32=1, integer=0, load_store=1)
+    assert sass.rest_counts(LOOPS) == sass.LoopCounts(tensor=0, mufu=1, fp32=0, integer=2, load_store=0)
 
 
-@pytest.mark.parametrize("arguments", [["flash"], ["--json", "compiled.txt"]])
-def test_main_rejects_what_it_does_not_know(compiled: ModuleType, arguments: list[str]) -> None:
-    with pytest.raises(SystemExit):
-        compiled.main(arguments)
+def test_counts_by_depth() -> None:
+    """Six more products in the inner loop, since loops as short as this wait for a barrier."""
+    outside = sass.LoopCounts(tensor=0, mufu=1, fp32=0, integer=1, load_store=0)
+    assert sum(level.integer for level in sass.counts_by_depth(LOOPS)) == 2 and len(sass.counts_by_depth(LOOPS)) == 1
+    product = "        /*0040*/                   HMMA.16816.F32.BF16 R8, R12, R16, R8 ;\n"
+    outer, inner = sass.counts_by_depth(LOOPS.replace(product, 7 * product))[1:]
+    assert sass.counts_by_depth(LOOPS.replace(product, 7 * product))[0] == outside
+    assert outer == sass.LoopCounts(tensor=0, mufu=0, fp32=0, integer=1, load_store=0)
+    assert inner == sass.LoopCounts(tensor=7, mufu=0, fp32=1, integer=0, load_store=1)
+
+
+def test_counts_of_amd_by_depth() -> None:
+    text = """
+\ts_load_dwordx4 s[0:3], s[4:5], 0x0
+\tv_exp_f32_e32 v1, v2
+.LBB0_1:
+\tglobal_load_dwordx4 v[0:3], v4, s[0:1]
+\tds_write_b128 v5, v[0:3]
+\tv_mfma_f32_16x16x16_bf16 v[0:3], v[4:5], v[6:7], v[0:3]
+\tv_pk_fma_f32 v[0:1], v[2:3], v[4:5], v[6:7]
+\tv_mul_f32_e32 v0, v1, v2
+\tv_add_u32_e32 v0, v1, v2
+\tv_max_f32_e32 v0, v1, v2
+\tv_accvgpr_read_b32 v0, a0
+\ts_cbranch_scc1 .LBB0_1
+\ts_endpgm
+"""
+    outside, loop = sass.amd_counts(text)
+    assert outside == sass.LoopCounts(tensor=0, mufu=1, fp32=0, integer=0, load_store=0)
+    assert loop == sass.LoopCounts(tensor=1, mufu=0, fp32=2, integer=2, load_store=2)

@@ -91,7 +91,7 @@ def test_model_rows_are_modelled_and_above_the_floor(model: ModuleType) -> None:
 
 def test_compiled_kernels_have_the_instructions_of_their_tiles(model: ModuleType) -> None:
     for gpu in GPUS:
-        whole = model.TILES[gpu.chip, "half"]
+        whole = model.CONFIGS[gpu.chip].contrastive["half"]
         tiles = {"_forward_kernel": whole, "_gradient_kernel": whole.for_gradient()}
         for name, entry in model.compiled_counts(gpu).items():
             tile = tiles[name]

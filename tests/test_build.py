@@ -26,6 +26,9 @@ def setup(folder: Path, *arguments: str, **environment: str) -> subprocess.Compl
     shutil.copy(ROOT / "setup.py", folder)
     if not (folder / "csrc").exists():
         shutil.copytree(ROOT / "csrc", folder / "csrc")
+        (folder / "diffgap" / "ops").mkdir(parents=True)
+        for name in ("_version.py", "ops/_build_id.py"):
+            shutil.copy(ROOT / "diffgap" / name, folder / "diffgap" / name)
     return subprocess.run(
         [sys.executable, "setup.py", *arguments],
         cwd=folder,
@@ -117,6 +120,74 @@ def test_forced_build_fails_in_one_line(tmp_path: Path, variables: dict[str, str
     assert result.returncode == 1
     assert said in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def executable(file: Path, script: str) -> str:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(f"#!/bin/sh\n{script}\n")
+    file.chmod(0o755)
+    return str(file)
+
+
+def the_sentence(result: subprocess.CompletedProcess[str]) -> str:
+    """What a failed build says at its end, where pip shows it."""
+    assert result.returncode == 1, result.stdout + result.stderr
+    assert "Traceback" not in result.stderr
+    last = result.stderr.splitlines()[-1]
+    assert last.startswith("diffgap: ")
+    return last
+
+
+def test_old_torch_at_build_time(tmp_path: Path) -> None:
+    (tmp_path / "stub").mkdir()
+    (tmp_path / "stub" / "torch.py").write_text("__version__ = '2.9.1+cpu'\n")
+    said = the_sentence(setup(tmp_path, "--version", DIFFGAP_CPU="1", PYTHONPATH=str(tmp_path / "stub")))
+    assert "torch >= 2.10 at build time, this is 2.9.1+cpu (pip install --upgrade torch)" in said
+
+
+def test_old_setuptools(tmp_path: Path) -> None:
+    (tmp_path / "stub").mkdir()
+    stub = "__version__ = '65.5.0'\nExtension = find_packages = setup = None\n"
+    (tmp_path / "stub" / "setuptools.py").write_text(stub)
+    said = the_sentence(setup(tmp_path, "--version", PYTHONPATH=str(tmp_path / "stub")))
+    assert "needs setuptools >= 77, this is 65.5.0; run: pip install -U setuptools wheel" in said
+
+
+def test_kernels_that_do_not_compile(tmp_path: Path) -> None:
+    script = 'case "$*" in *" -c "*) echo "internal compiler error" >&2; exit 1;; *) echo "g++ (GNU) 12.2.0";; esac'
+    result = setup(tmp_path, "build_ext", CXX=executable(tmp_path / "c++", script), DIFFGAP_CPU="1")
+    assert "internal compiler error" in result.stdout + result.stderr
+    said = the_sentence(result)
+    assert "the kernels for cpu do not compile here" in said
+    assert said.endswith("set DIFFGAP_CPU=0")
+
+
+needs_cuda_torch = pytest.mark.skipif(torch.version.cuda is None, reason="torch is built without CUDA")
+
+
+@needs_cuda_torch
+@pytest.mark.parametrize(
+    ("prints", "found"), [("release 1.2, V1.2.3", "found release 1.2"), ("", "found one that does not say its release")]
+)
+def test_cuda_toolkit_of_another_version(tmp_path: Path, prints: str, found: str) -> None:
+    executable(tmp_path / "toolkit" / "bin" / "nvcc", f"echo '{prints}'")
+    switches = {"DIFFGAP_CPU": "0", "DIFFGAP_CUDA": "1", "CUDA_HOME": str(tmp_path / "toolkit")}
+    said = the_sentence(setup(tmp_path, "--version", **switches))
+    assert f"as torch is, {found} (set CUDA_HOME to a toolkit of CUDA {str(torch.version.cuda).split('.')[0]})" in said
+
+
+@needs_cuda_torch
+def test_cuda_headers_missing(tmp_path: Path) -> None:
+    executable(tmp_path / "toolkit" / "bin" / "nvcc", f"echo 'release {torch.version.cuda}, V1'")
+    # Away from the headers of NVIDIA's wheels, which may lie beside this torch.
+    (tmp_path / "stub").mkdir()
+    (tmp_path / "stub" / "sitecustomize.py").write_text(
+        f"import sysconfig\npath = sysconfig.get_path\nsysconfig.get_path = lambda name, *rest, **others: "
+        f"{str(tmp_path)!r} if name == 'purelib' else path(name, *rest, **others)\n"
+    )
+    switches = {"DIFFGAP_CPU": "0", "DIFFGAP_CUDA": "1", "CUDA_HOME": str(tmp_path / "toolkit")}
+    said = the_sentence(setup(tmp_path, "--version", PYTHONPATH=str(tmp_path / "stub"), **switches))
+    assert re.search(r"need the CUDA file cuda_\w+\.h \(pip install nvidia-cuda-runtime\S*, or install", said)
 
 
 def test_nothing_is_built_when_switched_off(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from diffgap._files import atomic_folder
 from diffgap.data._modality import DTYPES, Modality, write_modality
 from diffgap.data._schema import check_index, write_index
 from diffgap.embed.folder import PartsFolder, Plan
-from diffgap.embed.parts import Failure, read_tensors
+from diffgap.embed.parts import Failure, read_table, read_tensors
 from diffgap.embed.report import NOT_LISTED
 from diffgap.embed.survey import Survey
 from diffgap.encoders import Encoder
@@ -84,7 +84,7 @@ def merge(
     tables: list[pa.Table] = []
     failed: list[dict[str, Any]] = []
     for at, part in enumerate(parts):
-        table = pq.read_table(part / "index.parquet")
+        table = read_table(part / "index.parquet")
         span = slice(at * plan.chunk, at * plan.chunk + table.num_rows)
         here = {name: owners[span] for name, owners in listed.owners.items()}
         failed += _failed(table["id"].to_pylist(), here, failures, kept[span], least)
@@ -120,7 +120,7 @@ def _tensors(part: Path, modality: str, *names: str) -> dict[str, torch.Tensor]:
 
 
 def _failures(part: Path) -> Iterator[Failure]:
-    for row in pq.read_table(part / "failures.parquet").to_pylist():
+    for row in read_table(part / "failures.parquet").to_pylist():
         yield Failure(**row)
 
 

@@ -8,7 +8,8 @@ failures.parquet         item, modality, source, reason, message of every medium
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -18,7 +19,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from diffgap._files import atomic_folder
@@ -108,5 +109,21 @@ def _index(items: Sequence[Item]) -> pa.Table:
 
 def read_tensors(path: Path, *names: str) -> dict[str, torch.Tensor]:
     """Those of the tensors named that a part's modality file has."""
-    with safe_open(path, framework="pt") as handle:
+    with undamaged(path.parent), safe_open(path, framework="pt") as handle:
         return {name: handle.get_tensor(name) for name in names if name in handle.keys()}  # noqa: SIM118
+
+
+def read_table(path: Path) -> pa.Table:
+    """A table of a part."""
+    with undamaged(path.parent):
+        return pq.read_table(path)
+
+
+@contextmanager
+def undamaged(part: Path) -> Iterator[None]:
+    """Says which part it is that cannot be read, and what to do."""
+    try:
+        yield
+    except (SafetensorError, pa.ArrowException, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{part} is damaged ({reason}); delete that folder and run again, to make it anew") from error

@@ -69,6 +69,7 @@ def check_clap(generator: Generator, space: AudioSpace, clap: str) -> None:
     if space.encoder and audio.fingerprint != space.encoder:
         raise ValueError(f"the bridge's audio side was embedded by {space.encoder}; {clap} is {audio.fingerprint}")
     generator.check_tower(build_encoder("text", clap))
+    generator.check_tower(audio)
 
 
 def build_space(spec: str, bridge: str | None, encoder: str = "") -> AudioSpace:

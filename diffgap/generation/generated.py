@@ -93,11 +93,12 @@ class GeneratedSet:
             items = tuple(GeneratedItem(**{name: item[name] for name in known}) for item in map(json.loads, lines))
             systems = tuple(name for name in SYSTEMS if name in content["systems"])
             found = cls(folder, int(content["sample_rate"]), content["source"], systems, items, content["about"])
-        except (ValueError, KeyError, TypeError) as error:
+            _check_types(found)
+        except (ValueError, KeyError, TypeError, OverflowError) as error:
             raise ValueError(f"{folder} is not a whole set of generated sounds ({error}); generate it again") from error
         if content.get("format") != FORMAT:
             raise ValueError(f"{described} is of format {content.get('format')!r}; this version reads {FORMAT}")
-        if any(Path(item.name).name != item.name for item in items):
+        if any(Path(item.name).name != item.name or item.name == ".." for item in items):
             raise ValueError(f"{folder / 'items.jsonl'} names files outside of its folder")
         for system in systems:
             for item in items:
@@ -123,6 +124,21 @@ class GeneratedSet:
         """(items, D) what the sounds of a system were generated from; None if from nothing."""
         file = self.folder / "conditions" / f"{system}.npy"
         return np.load(file, allow_pickle=False) if file.is_file() else None
+
+
+def _check_types(found: GeneratedSet) -> None:
+    """Raise TypeError for a value of another type than its field's."""
+    for where, holder in (("set.json", found), *((f"item {item.name!r}", item) for item in found.items)):
+        for name, kind in _KINDS[type(holder)].items():
+            value = getattr(holder, name)
+            if not isinstance(value, kind) or isinstance(value, bool):
+                raise TypeError(f"{name} of {where} is {value!r}")
+
+
+_KINDS: dict[type, dict[str, type | tuple[type, ...]]] = {
+    GeneratedSet: {"sample_rate": int, "source": str, "about": dict},
+    GeneratedItem: {"name": str, "id": str, "caption": str, "label": str, "seconds": (int, float)},
+}
 
 
 def check_set_folder(folder: Path, *, overwrite: bool) -> None:

@@ -13,6 +13,7 @@ No condition is the vector of "", as their guidance has it.
 from __future__ import annotations
 
 import hashlib
+import io
 import math
 import warnings
 from abc import ABC, abstractmethod
@@ -23,6 +24,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -43,6 +45,7 @@ FloatArray = npt.NDArray[np.float32]
 #: Sounds in one pass of the UNet, each twice for guidance.
 BATCH = 8
 _PROBES = ("a dog barks", "rain falls on a tin roof", "a violin and a piano play slowly", "an engine starts")
+_PULSES = (1.0, 4.0, 16.0)
 _AGREE = 0.999
 
 
@@ -128,16 +131,42 @@ class DiffusersGenerator(ABC):
             )
 
     def check_tower(self, encoder: Encoder) -> None:
-        """Raises ValueError unless a text encoder of the conditions' CLAP gives what the pipeline's own does."""
-        own = np.asarray(self.encoder.encode(list(_PROBES)), np.float64)
-        other = np.asarray(encoder.encode([encoder.reader(Source(text=text)) for text in _PROBES]), np.float64)
+        """Raises ValueError unless an encoder of the conditions' CLAP gives what the pipeline's own tower does.
+
+        Args:
+            encoder: Of texts or of audio. AudioLDM has no audio tower, so nothing is asked of one there.
+        """
+        if encoder.modality == "text":
+            own = np.asarray(self.encoder.encode(list(_PROBES)), np.float64)
+            sources = [Source(text=text) for text in _PROBES]
+        elif hasattr(self.pipeline.text_encoder, "get_audio_features"):
+            rate = self.pipeline.feature_extractor.sampling_rate
+            waves = [_pulsing_noise(hertz, rate) for hertz in _PULSES]
+            own = self._hear(waves)
+            sources = [Source(data=_wav(wave, rate), suffix=".wav") for wave in waves]
+        else:
+            return
+        other = np.asarray(encoder.encode([encoder.reader(source) for source in sources]), np.float64)
         least = float((own * other).sum(1).min()) if own.shape == other.shape else math.nan
         if not least > _AGREE:
             raise ValueError(
                 f"the conditions' CLAP ({encoder.fingerprint}) is not the generator's ({self.encoder.fingerprint}): "
-                f"their text towers agree to a cosine of {least:.3f}, not {_AGREE}; embed and bridge with the "
-                "generator's CLAP"
+                f"their {encoder.modality} towers agree to a cosine of {least:.3f}, not {_AGREE}; embed and bridge "
+                "with the generator's CLAP"
             )
+
+    @torch.no_grad()
+    def _hear(self, waves: Sequence[FloatArray]) -> npt.NDArray[np.float64]:
+        """Unit vectors (n, D) of sounds at the extractor's rate, by the audio tower inside the pipeline."""
+        pipe = self.pipeline
+        inputs = pipe.feature_extractor(
+            list(waves), sampling_rate=pipe.feature_extractor.sampling_rate, return_tensors="pt"
+        )
+        tower = pipe.text_encoder
+        mel = inputs["input_features"].to(tower.device, tower.dtype)
+        longer = torch.zeros(len(mel), 1, dtype=torch.bool, device=tower.device)
+        vectors = features(tower.get_audio_features(input_features=mel, is_longer=longer))
+        return F.normalize(vectors.double(), dim=-1).cpu().numpy()
 
     def generate(
         self,
@@ -161,12 +190,20 @@ class DiffusersGenerator(ABC):
         for one in seconds:
             if not least <= one < math.inf:
                 raise ValueError(f"seconds has {one}; this generator makes {least:g} s or more")
-        # Sounds of one length share a pass; the network has no mask for shorter ones.
-        places: dict[float, list[tuple[int, int]]] = {}
+        for name, value in (("num_samples", num_samples), ("steps", 1 if steps is None else steps)):
+            if value < 1:
+                raise ValueError(f"{name} is {value}; use 1 or more")
+        said = [""] * count if captions is None else list(captions)
+        if len(said) != count:
+            raise ValueError(f"captions has {len(said)} texts for {count} sounds; pass one for each")
+        # Only what needs no padding beside the others shares a pass: the network has no mask for shorter sounds, and
+        # the language model of AudioLDM2 counts padding as positions.
+        places: dict[tuple[float, int], list[tuple[int, int]]] = {}
         for row, length in enumerate(seconds):
-            places.setdefault(length, []).extend((row, number) for number in range(num_samples))
+            alike = places.setdefault((length, self._caption_tokens(said[row])), [])
+            alike.extend((row, number) for number in range(num_samples))
         found: list[list[FloatArray]] = [[np.empty(0, np.float32)] * num_samples for _ in seconds]
-        for length, wanted in places.items():
+        for (length, _), wanted in places.items():
             for start in range(0, len(wanted), BATCH):
                 part = wanted[start : start + BATCH]
                 rows = [row for row, _ in part]
@@ -176,9 +213,8 @@ class DiffusersGenerator(ABC):
                     options["guidance_scale"] = 1.0
                 elif guidance_scale is not None:
                     options["guidance_scale"] = guidance_scale
-                options |= self._prompt(None if conditions is None else conditions[rows], len(part), [
-                    "" if captions is None else captions[row] for row in rows
-                ])  # fmt: skip
+                vectors = None if conditions is None else conditions[rows]
+                options |= self._prompt(vectors, len(part), [said[row] for row in rows])
                 waves = self.pipeline(audio_length_in_s=length, latents=noise, output_type="np", **options).audios
                 for (row, number), wave in zip(part, waves, strict=True):
                     found[row][number] = np.asarray(wave, np.float32).clip(-1, 1)
@@ -201,6 +237,10 @@ class DiffusersGenerator(ABC):
         empty = empty.expand(count, -1)
         return (empty if conditions is None else F.normalize(conditions, dim=-1).to(empty)), empty
 
+    def _caption_tokens(self, caption: str) -> int:
+        """Tokens that the generator reads of a caption beside the condition."""
+        return 0
+
     @abstractmethod
     def _prompt(self, conditions: Tensor | None, count: int, captions: Sequence[str]) -> dict[str, Any]:
         """Arguments of the pipeline's call that stand for the prompt."""
@@ -220,6 +260,9 @@ class MusicLDM(AudioLDM):
 
 class AudioLDM2(DiffusersGenerator):
     """arXiv 2308.05734."""
+
+    def _caption_tokens(self, caption: str) -> int:
+        return len(self.pipeline.tokenizer_2(caption, truncation=True).input_ids)
 
     def _prompt(self, conditions: Tensor | None, count: int, captions: Sequence[str]) -> dict[str, Any]:
         vectors, empty = self._vectors(conditions, count)
@@ -271,7 +314,7 @@ def load_pretrained(
 
     Raises:
         FileNotFoundError: A path that is no folder of a pipeline.
-        ValueError: Another kind, or a pipeline of another kind.
+        ValueError: Another kind, a pipeline of another kind, or damaged weights.
         ModuleNotFoundError: diffusers or transformers is missing.
     """
     if kind not in _KINDS:
@@ -282,16 +325,18 @@ def load_pretrained(
 
     name, adapter = _KINDS[kind]
     folder = Path(path)
-    if folder.exists() or path.startswith((".", "/", "~")):
-        if not (folder / "model_index.json").is_file():
-            raise FileNotFoundError(f"{path} holds no model_index.json; give a folder in diffusers' layout")
+    local = folder.exists() or path.startswith((".", "/", "~"))
+    if local and not (folder / "model_index.json").is_file():
+        raise FileNotFoundError(f"{path} holds no model_index.json; give a folder in diffusers' layout")
+    try:
         found = diffusers.DiffusionPipeline.load_config(path).get("_class_name")
         if found != name:
             raise ValueError(f"{path} holds a {found}, not the {name} of {kind}; name its kind")
-    try:
         pipeline = getattr(diffusers, name).from_pretrained(path)
     except OSError as error:
         raise FileNotFoundError(f"{path} cannot be loaded as {name} ({' '.join(str(error).split())[:200]})") from error
+    except SafetensorError as error:
+        raise ValueError(f"{path} has damaged weights ({error}); copy the folder again") from error
     if kind == "audioldm2" and type(pipeline.text_encoder_2).__name__ != "T5EncoderModel":
         raise ValueError(f"{path} speaks transcriptions (its second encoder is no T5); use an AudioLDM2 of sounds")
     return adapter(pipeline, device, scheduler)
@@ -303,3 +348,18 @@ def _digest(module: torch.nn.Module) -> str:
         if name.startswith("text_"):
             digest.update(name.encode() + value.detach().cpu().float().numpy().tobytes())
     return digest.hexdigest()
+
+
+def _pulsing_noise(hertz: float, rate: int) -> FloatArray:
+    """A second with something in every band: in empty ones, a sample's rounding shows in the logarithm."""
+    noise = np.random.default_rng(0).standard_normal(rate)
+    return (0.1 * noise * (1 + 0.8 * np.sin(np.arange(rate) * 2 * np.pi * hertz / rate))).astype(np.float32)
+
+
+def _wav(wave: FloatArray, rate: int) -> bytes:
+    """A sound file, as an encoder's reader takes it."""
+    import soundfile
+
+    file = io.BytesIO()
+    soundfile.write(file, wave, rate, format="WAV", subtype="FLOAT")
+    return file.getvalue()

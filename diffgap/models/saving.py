@@ -15,6 +15,9 @@ from typing_extensions import Self
 
 from diffgap._files import atomic_folder
 
+#: What loading raises on files that are damaged: of the weights, or by classes built from a configuration's values.
+_DAMAGES = (SafetensorError, RuntimeError, TypeError, AttributeError, KeyError, MemoryError, json.JSONDecodeError)
+
 
 class SavedModel(PyTorchModelHubMixin):
     """``save_pretrained`` and ``from_pretrained`` of the Hugging Face hub, made safe."""
@@ -37,7 +40,7 @@ class SavedModel(PyTorchModelHubMixin):
         try:
             with contextlib.redirect_stdout(io.StringIO()):  # the hub prints where it loads from
                 model: Self = super().from_pretrained(str(path), **options)
-        except (SafetensorError, RuntimeError, TypeError, json.JSONDecodeError) as error:
+        except _DAMAGES as error:
             reason = " ".join(str(error).split())[:200]
             raise ValueError(
                 f"{path} does not hold a whole {cls.__name__} model ({reason}); save or fetch it again"

@@ -14,6 +14,8 @@ HeadInit = Literal["cca", "random"]
 Precondition = Literal["gaussian", "none"]
 Sources = Literal["single", "any"]
 
+_MOST, _MOST_BLOCKS = 2**16, 2**8
+
 
 @dataclass(frozen=True)
 class BridgeSettings:
@@ -118,8 +120,10 @@ class BridgeSettings:
                 raise ValueError(f"settings.{name} is {getattr(self, name)!r}; use one of {options}")
         counts = "width tokens denoiser_width depth heads sampling_steps translate_steps num_samples"
         for name in counts.split():
-            if getattr(self, name) < 1:
-                raise ValueError(f"settings.{name} is {getattr(self, name)}; use 1 or more")
+            # The bound is far beyond use: a damaged configuration must not take all memory.
+            most = _MOST_BLOCKS if name == "depth" else _MOST
+            if not 1 <= getattr(self, name) <= most:
+                raise ValueError(f"settings.{name} is {getattr(self, name)}; use 1 to {most}")
         if self.width % self.tokens:
             raise ValueError(f"settings.width {self.width} is not a multiple of settings.tokens {self.tokens}")
         if any(len(pair) != 2 or not all(pair) for pair in self._directions()):

@@ -3,20 +3,51 @@
 from __future__ import annotations
 
 import os
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 
+from diffgap._version import __version__
+from diffgap.ops._build_id import sources_id, version_id
+
 _PACKAGE = Path(__file__).resolve().parent.parent
-_BUILD = "in diffgap's source folder run: pip install --no-build-isolation --no-deps --force-reinstall ."
+_CSRC = _PACKAGE.parent / "csrc"  # beside the package in a source folder alone
+_HOW = "--editable" if _CSRC.is_dir() else "--force-reinstall"
+_BUILD = f"in diffgap's source folder run: pip install --no-build-isolation --no-deps {_HOW} ."
 
 
-def _load(stem: str, needs: str) -> str | None:
+def _check_torch(version: str) -> None:
+    """Raise ImportError, with the fix, where torch is older than what the kernels and their registration need."""
+    if tuple(int(part) for part in version.split(".")[:2]) < (2, 10):
+        raise ImportError(
+            f"diffgap {__version__} needs torch >= 2.10, this is torch {version}; "
+            "run: pip install --upgrade 'torch>=2.10'"
+        )
+
+
+def _age(library: Path, csrc: Path) -> str | None:
+    """What the library at hand was built from instead of this diffgap, or ``None``. Its calls could crash."""
+    if sys.platform != "linux":
+        return None
+    with library.open("rb") as file:
+        first_page = file.read(4096)
+    if version_id(__version__) not in first_page:
+        return f"another version than diffgap {__version__}"
+    # An installed package has no sources beside it, and needs none: pip replaces both of them together.
+    if csrc.is_dir() and sources_id(csrc, library.name.partition(".")[0]) not in first_page:
+        return "other sources than csrc has now"
+    return None
+
+
+def _load(stem: str, needs: str, package: Path = _PACKAGE) -> str | None:
     """Load ``diffgap/<stem>.*.so``; return ``None``, or why it cannot run and the fix, in one sentence."""
-    found = sorted(_PACKAGE.glob(f"{stem}.*so"))
+    found = sorted(package.glob(f"{stem}.*so"))
     if not found:
         return f"{stem} is not built (needs {needs} and torch at install); {_BUILD}"
+    if age := _age(found[0], package.parent / "csrc"):
+        return f"{found[0].name} was built from {age}; {_BUILD}"
     try:
         torch.ops.load_library(os.fspath(found[0]))
     except OSError as error:
@@ -24,6 +55,8 @@ def _load(stem: str, needs: str) -> str | None:
         return f"{found[0].name} does not load beside torch {torch.__version__} ({reason}); {_BUILD}"
     return None
 
+
+_check_torch(torch.__version__)
 
 #: Why the C++ CPU kernels cannot run here, or ``None``.
 CPU_MISSING = _load("_C_cpu", "a C++20 compiler")

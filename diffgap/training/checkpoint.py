@@ -60,8 +60,17 @@ def latest(folder: Path) -> Path | None:
     return found[-1] if found else None
 
 
-def load(checkpoint: Path, *, model: nn.Module, ema: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+def load(
+    checkpoint: Path,
+    *,
+    model: nn.Module,
+    ema: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    state: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
     """Restore model, average and optimizer in place; return the saved ``state``, with "step".
+
+    A ``state`` given says what the saved one must hold: an entry of each name, of the type that its value has.
 
     Raises:
         ValueError: A file is missing, damaged, or belongs to another configuration.
@@ -70,14 +79,23 @@ def load(checkpoint: Path, *, model: nn.Module, ema: nn.Module, optimizer: torch
         model.load_state_dict(load_file(checkpoint / "model.safetensors"))
         ema.load_state_dict(load_file(checkpoint / "ema.safetensors"))
         _unflatten(optimizer, load_file(checkpoint / "optimizer.safetensors"))
-        state: dict[str, Any] = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
-    except (OSError, SafetensorError, RuntimeError, KeyError, json.JSONDecodeError) as error:
+        saved: dict[str, Any] = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
+        _check_state(saved, state or {})
+    except (OSError, SafetensorError, RuntimeError, KeyError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(
             f"checkpoint {checkpoint} cannot be restored ({reason}); delete that folder to resume from an earlier "
             "one, or train into another output folder"
         ) from error
-    return state
+    return saved
+
+
+def _check_state(saved: Any, expected: Mapping[str, Any]) -> None:
+    if not isinstance(saved, dict):
+        raise ValueError(f"state.json holds a {type(saved).__name__}")
+    for name, value in expected.items():
+        if type(saved[name]) is not type(value):
+            raise ValueError(f"state.json has {name} {saved[name]!r}")
 
 
 def _all(folder: Path) -> list[Path]:
@@ -95,8 +113,12 @@ def _flatten(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 
 def _unflatten(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state: dict[int, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         index, name = key.split(".", 1)
+        # torch would find out at the next step.
+        if not 0 <= int(index) < len(parameters) or (value.dim() and value.shape != parameters[int(index)].shape):
+            raise ValueError(f"optimizer.safetensors has {key} of shape {tuple(value.shape)}")
         state.setdefault(int(index), {})[name] = value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

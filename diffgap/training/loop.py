@@ -195,7 +195,8 @@ class TrainingLoop(ABC, Generic[Model]):
         found = checkpoint.latest(self.folder / "checkpoints")
         if found is None:
             return _Progress()
-        state = checkpoint.load(found, model=self.own, ema=self.ema, optimizer=self.optimizer.optimizer)
+        expected = asdict(_Progress()) | {"scaler": {}}
+        state = checkpoint.load(found, model=self.own, ema=self.ema, optimizer=self.optimizer.optimizer, state=expected)
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         return _Progress(**{field.name: state[field.name] for field in fields(_Progress)})

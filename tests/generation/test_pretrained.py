@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from tests.synthetic import make_config, with_bridge
 diffusers = pytest.importorskip("diffusers", reason="diffusers is the peer: pip install diffusers")
 pytest.importorskip("transformers")
 from diffgap import BridgeSettings, DiffGAP  # noqa: E402
+from diffgap.encoders.registry import build_encoder  # noqa: E402
 from diffgap.generation.pretrained import DiffusersGenerator, load_pretrained  # noqa: E402
 from diffgap.generation.space import AudioSpace  # noqa: E402
 from tests.generation.diffusers_pipelines import HOP, PIPELINES, RATE, clap  # noqa: E402
@@ -52,18 +54,26 @@ def texts_of(generator: DiffusersGenerator) -> torch.Tensor:
     return torch.from_numpy(generator.encoder.encode(TEXTS))
 
 
-def plain(saved: Path, kind: str, latents: torch.Tensor, **options: Any) -> np.ndarray:
-    """Diffusers' own pipeline, prompted by words where it still can be (MusicLDM's prompts fail on transformers 5)."""
+def plain(saved: Path, kind: str, latents: torch.Tensor, **options: Any) -> list[np.ndarray]:
+    """Diffusers' own pipeline, prompted by words where it still can be (MusicLDM's prompts fail on transformers 5).
+
+    One text a call: what AudioLDM2 makes of a text depends on the padding that others bring.
+    """
     pipe = diffusers.DiffusionPipeline.from_pretrained(saved)
     pipe.set_progress_bar_config(disable=True)
     assert type(pipe.scheduler).__module__.startswith("diffusers.")
-    prompt: dict[str, Any] = {"prompt": TEXTS}
-    if kind == "musicldm":
-        own = [pipe.text_encoder.get_text_features(**pipe.tokenizer(text, padding="max_length", return_tensors="pt"))
-               for text in [*TEXTS, ""]]  # fmt: skip
-        *vectors, empty = [getattr(one, "pooler_output", one) for one in own]
-        prompt = {"prompt_embeds": torch.cat(vectors), "negative_prompt_embeds": empty.repeat(2, 1)}
-    return np.asarray(pipe(audio_length_in_s=LENGTH, latents=latents, **prompt, **options).audios)
+
+    def vector(text: str) -> torch.Tensor:
+        own = pipe.text_encoder.get_text_features(**pipe.tokenizer(text, padding="max_length", return_tensors="pt"))
+        return getattr(own, "pooler_output", own)
+
+    waves = []
+    for text, latent in zip(TEXTS, latents, strict=True):
+        prompt: dict[str, Any] = {"prompt": text}
+        if kind == "musicldm":
+            prompt = {"prompt_embeds": vector(text), "negative_prompt_embeds": vector("")}
+        waves.append(pipe(audio_length_in_s=LENGTH, latents=latent[None], **prompt, **options).audios[0])
+    return waves
 
 
 def test_an_identity_gives_what_the_plain_pipeline_gives(saved: Callable[[str], Path], kind: str) -> None:
@@ -126,6 +136,15 @@ def test_captions_reach_the_second_encoder(saved: Callable[[str], Path]) -> None
     assert np.array_equal(said[0], said[1]) and not np.allclose(said[0], said[2], atol=1e-4)
 
 
+def test_captions_of_other_lengths_leave_a_sound_alone(saved: Callable[[str], Path]) -> None:
+    generator = load_pretrained("audioldm2", str(saved("audioldm2")))
+    vectors, captions = texts_of(generator), ["a dog barks at the moon", "rain"]
+    together = generator.generate(vectors, [LENGTH] * 2, steps=3, seed=[1, 2], captions=captions)
+    for row in range(2):
+        alone = generator.generate(vectors[row : row + 1], [LENGTH], steps=3, seed=row + 1, captions=[captions[row]])
+        np.testing.assert_allclose(together[row][0], alone[0][0], atol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -142,6 +161,22 @@ def test_a_bridge_into_another_space_is_refused(
         generator.check(AudioSpace(bridge, "audio", ""))
 
 
+@pytest.mark.parametrize("kind", ["musicldm", "audioldm2"])
+def test_another_audio_tower_is_refused(saved: Callable[[str], Path], tmp_path: Path, kind: str) -> None:
+    """The text towers are the same: what was fine-tuned is on the audio side."""
+    generator = load_pretrained(kind, str(saved(kind)))
+    pipe = generator.pipeline
+    for part in (pipe.text_encoder, pipe.tokenizer, pipe.feature_extractor):
+        part.save_pretrained(tmp_path)
+    for modality in ("text", "audio"):
+        generator.check_tower(build_encoder(modality, f"transformers:{tmp_path}"))
+    with torch.no_grad():
+        pipe.text_encoder.audio_projection.linear2.weight[0] *= -1
+    generator.check_tower(build_encoder("text", f"transformers:{tmp_path}"))
+    with pytest.raises(ValueError, match="their audio towers agree to a cosine of"):
+        generator.check_tower(build_encoder("audio", f"transformers:{tmp_path}"))
+
+
 def test_what_is_no_such_pipeline_is_refused(saved: Callable[[str], Path], tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="holds a MusicLDMPipeline, not the AudioLDMPipeline of audioldm"):
         load_pretrained("audioldm", str(saved("musicldm")))
@@ -151,6 +186,19 @@ def test_what_is_no_such_pipeline_is_refused(saved: Callable[[str], Path], tmp_p
         load_pretrained("audioldm", str(tmp_path))
 
 
+@pytest.mark.parametrize(
+    ("part", "error"), [("unet/diffusion_pytorch_model", FileNotFoundError), ("text_encoder/model", ValueError)]
+)
+def test_damaged_weights_are_named(
+    saved: Callable[[str], Path], tmp_path: Path, part: str, error: type[Exception]
+) -> None:
+    folder = Path(shutil.copytree(saved("audioldm"), tmp_path / "damaged"))
+    file = folder / f"{part}.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(error, match="damaged"):
+        load_pretrained("audioldm", str(folder))
+
+
 def test_wrong_arguments_are_refused(saved: Callable[[str], Path]) -> None:
     generator = load_pretrained("audioldm", str(saved("audioldm")))
     vectors = texts_of(generator)
@@ -158,6 +206,12 @@ def test_wrong_arguments_are_refused(saved: Callable[[str], Path]) -> None:
         generator.generate(vectors, [LENGTH])
     with pytest.raises(ValueError, match="seed has 1 numbers for 2 sounds"):
         generator.generate(vectors, [LENGTH] * 2, seed=[1])
+    with pytest.raises(ValueError, match="captions has 1 texts for 2 sounds"):
+        generator.generate(vectors, [LENGTH] * 2, captions=["rain"])
+    with pytest.raises(ValueError, match="num_samples is 0"):
+        generator.generate(vectors, [LENGTH] * 2, num_samples=0)
+    with pytest.raises(ValueError, match="steps is 0"):
+        generator.generate(vectors, [LENGTH] * 2, steps=0)
     for bad in (0.0, 1.9 * HOP / RATE, float("inf")):
         with pytest.raises(ValueError, match="seconds has"):
             generator.generate(vectors, [LENGTH, bad])

@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 
+from benchmarks import nvcc
+
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "cuda_check.py"
 
 pytestmark = pytest.mark.skipif(not SCRIPT.exists(), reason="runs from the source folder alone")
@@ -114,15 +116,14 @@ def test_cuda_check_misses_a_chip_and_a_kernel(tmp_path: Path, capsys: pytest.Ca
 
 
 def test_cuda_check_refuses_loads_of_single_elements() -> None:
-    module = load()
     wide = ["LDG.E.128", "LDG.E.64", "STG.E.128"]
     name = "_Z4copyI6__halfLb1ELb0EEvPT_"
-    assert module.is_vector(name) and not module.is_vector("_Z4copyI6__halfLb0ELb1EEvPT_")
-    assert module.mistakes(name, module.Kernel(32, 0, 0, wide)) == []
+    assert nvcc.is_vector(name) and not nvcc.is_vector("_Z4copyI6__halfLb0ELb1EEvPT_")
+    assert nvcc.mistakes(name, nvcc.Kernel(32, 0, 0, wide)) == []
     for narrow in ("LDG.E.U16", "STG.E.64", "STG.E"):
-        (text,) = module.mistakes(name, module.Kernel(32, 0, 0, [*wide, narrow]))
+        (text,) = nvcc.mistakes(name, nvcc.Kernel(32, 0, 0, [*wide, narrow]))
         assert f"by {narrow} instead" in text
-    (text,) = module.mistakes(name, module.Kernel(32, 0, 0, ["LDG.E.128"]))
+    (text,) = nvcc.mistakes(name, nvcc.Kernel(32, 0, 0, ["LDG.E.128"]))
     assert "no store" in text
 
 

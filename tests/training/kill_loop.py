@@ -45,19 +45,25 @@ def attempt(arguments: list[str], folder: str, prepare: Callable[[], None], pati
     return not os.WIFSIGNALED(status)
 
 
-def die_at(operation: int, folder: str) -> None:
-    """Kill this process at its n-th change to the file system below ``folder``."""
+def at_operation(number: int, folder: str, act: Callable[[str], None]) -> None:
+    """Call ``act`` with the name of this process's n-th change to files below ``folder``, before it is done."""
     seen = 0
 
     def hook(event: str, details: tuple[Any, ...]) -> None:
         nonlocal seen
-        writes = event == "open" and str(details[0]).startswith(folder) and details[2] & (os.O_WRONLY | os.O_RDWR)
+        flags = os.O_WRONLY | os.O_RDWR
+        writes = event == "open" and str(details[0]).startswith(folder) and (details[2] or 0) & flags
         if event in CHANGES or writes:
             seen += 1
-            if seen == operation:
-                os.kill(os.getpid(), signal.SIGKILL)
+            if seen == number:
+                act(event)
 
     sys.addaudithook(hook)
+
+
+def die_at(operation: int, folder: str) -> None:
+    """Kill this process at its n-th change to the file system below ``folder``."""
+    at_operation(operation, folder, lambda _: os.kill(os.getpid(), signal.SIGKILL))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from diffgap.kernels import clip_loss, siglip_loss, similarity
-from diffgap.kernels._tiles import Tile
+from diffgap.kernels.configs import Tile
 
 from diffgap.ops import _dispatch
 

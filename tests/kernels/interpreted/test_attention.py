@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 import torch
 from diffgap.kernels import attention as kernels
-from diffgap.kernels._attention_configs import Config, short_config
-from diffgap.kernels._tiles import product_kind
+from diffgap.kernels.configs import Attention, attention_config, product_kind
 from torch import Tensor
 
 from diffgap.ops import _dispatch
@@ -39,12 +38,12 @@ SHORT_SHAPES = [
 LONG_SHAPES = [(1, 77, 77, 1, 40), (2, 9, 100, 1, 24), (1, 70, 5, 2, 80), (1, 257, 130, 1, 16)]
 
 
-def config(q: Tensor, k: Tensor) -> Config:
+def config(q: Tensor, k: Tensor) -> Attention:
     """A row of the table on the short path, and on the long one blocks that do not divide the shapes above."""
     n_q, n_k, d = q.shape[1], k.shape[1], q.shape[3]
     if max(n_q, n_k) <= kernels.SHORT:
-        return short_config("sm_80", product_kind(q), n_q, n_k, d)
-    return Config(64, 32, 16 if q.dtype == torch.float32 else max(16, 1 << (d - 1).bit_length()), 4)
+        return attention_config("sm_80", product_kind(q), n_q, n_k, d, "forward")
+    return Attention(64, 32, 16 if q.dtype == torch.float32 else max(16, 1 << (d - 1).bit_length()), 4)
 
 
 def forward(q: Tensor, k: Tensor, *others: Any) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from diffgap.kernels import _tiles
+from diffgap.kernels import configs
 from diffgap.kernels import similarity as kernels
 from torch import Tensor
 from torch.nn import functional as F
@@ -173,11 +173,11 @@ def test_scores_are_multiplied_as_torch_is_told(monkeypatch: pytest.MonkeyPatch)
     single, half = torch.zeros(1), torch.zeros(1, dtype=torch.bfloat16)
     for setting, kind in [("highest", "ieee"), ("high", "tf32"), ("medium", "tf32")]:
         monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda setting=setting: setting)
-        assert _tiles.product_kind(single) == kind and _tiles.product_kind(half) == "half"
+        assert configs.product_kind(single) == kind and configs.product_kind(half) == "half"
         assert TILE.options(single)["PRECISION"] == kind
 
 
 def test_an_old_gpu_is_refused_with_the_fix(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 0))
     with pytest.raises(RuntimeError, match=r"8\.0, this GPU has 7\.0; use diffgap\.backend\('eager'\)"):
-        _tiles.tile_for(torch.zeros(1))
+        configs.tile_for(torch.zeros(1))

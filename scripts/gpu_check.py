@@ -1,0 +1,166 @@
+"""All that is to be known on a GPU, in one command: ``make gpu``.
+
+Runs tests/gpu and all benchmarks against all peers that are installed, and writes
+``benchmarks/results/<GPU>-<date>.json`` with its tables and picture, and ``-models.md`` beside it: the measured time of
+every case that a model has a time for, and which of these were off by more than 25%. Models are of one GPU of a chip,
+named in the table, and their times are lower bounds. The exit status is 1 if a test failed or an implementation was
+wrong, not for what a model says.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.report import seconds  # noqa: E402
+from benchmarks.runner import Row  # noqa: E402
+from diffgap._files import atomic_file  # noqa: E402
+
+RESULTS = ROOT / "benchmarks" / "results"
+#: A model is off whose time is not within this of the measured one, relative to the modelled one.
+TOLERANCE = 0.25
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One implementation of one case, modelled and measured; ``ratio`` is measured over modelled."""
+
+    case: str
+    impl: str
+    modelled_s: float
+    measured_s: float
+
+    @property
+    def ratio(self) -> float:
+        return self.measured_s / self.modelled_s
+
+    @property
+    def off(self) -> bool:
+        return abs(self.ratio - 1) > TOLERANCE
+
+
+def rows_in(path: Path, kind: str) -> list[Row]:
+    """The rows of a file of results that are of a kind.
+
+    Raises:
+        ValueError: the file is no file of results.
+    """
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+        return [Row(**row) for row in rows if row["kind"] == kind]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: expected a file of results of python -m benchmarks ({error})") from None
+
+
+def modelled_rows(folder: Path, gpu: str) -> list[Row]:
+    """The rows of the newest model of each kind for a GPU; of two files with a row for a case, the later one's."""
+    newest: dict[tuple[str, str], Row] = {}
+    for path in sorted(folder.glob("modelled-*.json"), key=lambda path: path.stem[-10:]):
+        newest |= {(row.case, row.impl): row for row in rows_in(path, "modelled") if row.device == gpu}
+    return list(newest.values())
+
+
+def compare(modelled: Sequence[Row], measured: Sequence[Row]) -> list[Comparison]:
+    """Every case and implementation that has both times, the furthest off first."""
+    times = {(row.case, row.impl): row.median_s for row in measured if row.kind == "measured" and row.device == "cuda"}
+    found = [
+        Comparison(row.case, row.impl, row.median_s, times[row.case, row.impl])
+        for row in modelled
+        if row.kind == "modelled" and (row.case, row.impl) in times
+    ]
+    return sorted(found, key=lambda entry: max(entry.ratio, 1 / entry.ratio), reverse=True)
+
+
+def to_markdown(header: Mapping[str, str], compared: Sequence[Comparison], modelled: int) -> str:
+    """What was off, then all."""
+    off = [entry for entry in compared if entry.off]
+    lines = [
+        f"# Models beside measurements: {header['measured']}, {header['date']}",
+        "",
+        f"Modelled for {header['gpu']} ({header['chip']}), measured on {header['measured']}. A modelled time is a "
+        f"lower bound at published rates. Of {modelled} modelled rows {len(compared)} were measured, of which "
+        f"{len(off)} were off by more than {TOLERANCE:.0%}.",
+        "",
+    ]
+    for title, entries in ((f"Off by more than {TOLERANCE:.0%}", off), ("All", compared)):
+        if entries:
+            lines += [f"## {title}", "", *table(entries)]
+    return "\n".join(lines)
+
+
+def table(compared: Sequence[Comparison]) -> list[str]:
+    """One line per case and implementation."""
+    lines = ["| case | impl | modelled | measured | measured / modelled |", "|---|---|---:|---:|---:|"]
+    for entry in compared:
+        times = f"{seconds(entry.modelled_s)} | {seconds(entry.measured_s)}"
+        lines.append(f"| {entry.case} | {entry.impl} | {times} | {entry.ratio:.2f} |")
+    return [*lines, ""]
+
+
+def report(results: Path, chip: str, measured_on: str, models: Path = RESULTS) -> Path:
+    """Write and sum up the comparison of a file of results with the models of its chip; the path of the tables."""
+    from benchmarks.gpus import OF_CHIP
+
+    gpu = OF_CHIP[chip].name
+    modelled = modelled_rows(models, gpu)
+    compared = compare(modelled, rows_in(results, "measured"))
+    header = {"gpu": gpu, "chip": chip, "measured": measured_on, "date": date.today().isoformat()}
+    path = results.with_name(f"{results.stem}-models.md")
+    with atomic_file(path) as temporary:
+        temporary.write_text(to_markdown(header, compared, len(modelled)), encoding="utf-8")
+    if not modelled:
+        print(f"gpu: no model has a row for {gpu}; benchmarks/README.md says how to make one")
+    for entry in compared:
+        if entry.off:
+            times = f"modelled {seconds(entry.modelled_s)}, measured {seconds(entry.measured_s)}"
+            print(f"gpu: off by {entry.ratio:.2f}x: {entry.case} {entry.impl}: {times}")
+    print(f"gpu: {len(compared)} modelled times measured, {sum(entry.off for entry in compared)} off; wrote {path}")
+    return path
+
+
+def file_name(gpu: str, day: str) -> str:
+    """``nvidia-h100-80gb-hbm3-2026-01-31.json``."""
+    return f"{re.sub(r'[^a-z0-9]+', '-', gpu.lower()).strip('-')}-{day}.json"
+
+
+def run(command: Sequence[str]) -> bool:
+    """Run a command of this Python from the root of the sources; whether it succeeded."""
+    print("gpu:", *command, flush=True)
+    return subprocess.run([sys.executable, "-m", *command], cwd=ROOT).returncode == 0
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run and report."""
+    parser = argparse.ArgumentParser(prog="scripts/gpu_check.py", description="Tests and benchmarks on a GPU.")
+    parser.add_argument("--size", choices=("ci", "full"), default="full", help="of the benchmarks (default: full)")
+    args = parser.parse_args(argv)
+    import torch
+
+    if not torch.cuda.is_available():
+        print("gpu: needs a GPU, and no CUDA device is visible; nothing was run", file=sys.stderr)
+        return 1
+    from diffgap.kernels.configs import chip_of
+
+    from benchmarks.__main__ import FAMILIES, ON_REQUEST
+
+    chip, name = chip_of(torch.empty(1, device="cuda")), torch.cuda.get_device_name()
+    path = RESULTS / file_name(name, date.today().isoformat())
+    command = ["benchmarks", *FAMILIES, *ON_REQUEST, "--device", "cuda", "--size", args.size, "--json", str(path)]
+    passed = [run(["pytest", "tests/gpu", "-q"]), run(command)]
+    if path.is_file():
+        report(path, chip, name)
+    return 0 if all(passed) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
