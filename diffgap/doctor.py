@@ -45,6 +45,15 @@ def _version(distribution: str) -> str | None:
         return None
 
 
+def _pyarrow() -> Row:
+    """pyarrow beside this numpy, which it may refuse though pip installed both."""
+    try:
+        import pyarrow
+    except ImportError as error:
+        return Row("pyarrow", "does not load", f"{error}; run: pip install 'pyarrow<26', or 'numpy>=2'")
+    return Row("pyarrow", pyarrow.__version__, "")
+
+
 def _devices() -> list[Row]:
     rows = [
         Row("cpu", f"threads: {torch.get_num_threads()}", torch.backends.cpu.get_cpu_capability()),
@@ -69,6 +78,7 @@ def diagnose() -> dict[str, list[Row]]:
         Row("python", platform.python_version(), platform.platform(terse=True)),
         Row("torch", torch.__version__, ""),
         Row("numpy", _version("numpy") or "missing", ""),
+        _pyarrow(),
     ]
     missing = {"C++ CPU kernels": _native.CPU_MISSING, "CUDA kernels": _native.CUDA_MISSING}
     extensions = [Row(name, "missing" if why else "loaded", why or "") for name, why in missing.items()]

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import sys
 
 import pytest
 from rich.console import Console
@@ -39,3 +40,10 @@ def test_a_missing_extension_is_explained_once(monkeypatch: pytest.MonkeyPatch) 
     assert [row.note for row in rows["extensions"] if row.what == "C++ CPU kernels"] == [reason]
     notes = {row.note for row in rows["ops"] if row.what == "attention" and row.state.startswith("cpu")}
     assert notes == {"C++ CPU kernels missing, see above"}
+
+
+def test_pyarrow_that_refuses_this_numpy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    (row,) = (row for row in doctor.diagnose()["versions"] if row.what == "pyarrow")
+    assert row.state == "does not load"
+    assert row.note.endswith("; run: pip install 'pyarrow<26', or 'numpy>=2'")
