@@ -261,7 +261,7 @@ def nvidia_code(kernel: Any, text: str) -> Code:
     """From the cubin and its disassembly; the cubin's own number of shared memory has that of the system in it on some
     chips."""
     usage = resources(kernel)
-    tensor = re.findall(r"\b(HMMA|HGMMA|UTC\w*MMA)\.", text)
+    tensor = re.findall(r"\b(HMMA|HGMMA|UTC\w*MMA)\b", text)
     loads, stores = (_sizes(rf"\b{opcode}\.(\S+)", text, nvidia_bytes) for opcode in ("LDG(?:STS)?", "STG"))
     return Code(
         *(usage.registers, usage.local_bytes, kernel.metadata.shared, _widest_product(tensor), len(tensor)),

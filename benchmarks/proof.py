@@ -213,7 +213,7 @@ def table(rows: Sequence[Row]) -> list[str]:
 
 def summary(rows: Sequence[Row]) -> list[str]:
     """The extremes of every family on every chip."""
-    names = ("kernels", "faults", "registers", "spilled", "shared", "of", "tensor core", "narrowest load", "occupancy")
+    names = ("kernels", "faults", "registers", "spilled", "shared", "of", "tensor core", "load, at least", "occupancy")
     lines = ["| family | chip | " + " | ".join(names) + " |", "|---|---|" + "---:|" * len(names)]
     for family, chip in dict.fromkeys((row.family, row.chip) for row in rows):
         of = [row for row in rows if (row.family, row.chip) == (family, chip)]
@@ -254,9 +254,11 @@ _EXPLAINED = """\
 No GPU has run any of this. Registers, spills, shared memory, instructions, accesses and occupancy are *compiled*: read
 from the machine code that Triton {triton} and its ptxas or LLVM make of each kernel with each configuration that ships
 (`kernels/configs.py`), or what follows from it and the chip's published limits. Times are *modelled*: the slowest pipe
-of one GPU of the chip ({gpus}) at its published rates, a lower bound; instructions are counted in the machine code, and
-the rules are in `benchmarks/work.py`. What a GPU does need not come near; `make gpu` measures it, and says which
-modelled times were off by more than a quarter.
+of one GPU of the chip at its published rates, a lower bound; instructions are counted in the machine code, and the
+rules are in `benchmarks/work.py`. What a GPU does need not come near. `make gpu` times whole calls, and says which of
+the modelled ones in `benchmarks/results` were off by more than a quarter. The GPUs are
+
+{gpus}.
 
 Registers and spilled bytes are of a thread, shared memory and warps of a block. `tensor` is the tensor core's
 instruction, and how many there are in the code, those of a loop once; float32 has none on NVIDIA's chips unless torch
@@ -268,7 +270,7 @@ float16 has the kernels of bfloat16, and attention has all of its options. Sourc
 
 
 def _head(header: Mapping[str, Any], rows: Sequence[Row]) -> list[str]:
-    gpus = ", ".join(OF_CHIP[chip].name for chip in dict.fromkeys(row.chip for row in rows))
+    gpus = ", ".join(f"{OF_CHIP[chip].name} ({chip})" for chip in dict.fromkeys(row.chip for row in rows))
     wrong = complaints(rows)
     without = f", without {header['without']}" if "without" in header else ""
     verdict = f"{len(rows)} kernels{without}, {len(wrong)} faults" + (":" if wrong else ".")
@@ -291,7 +293,7 @@ def to_page(header: Mapping[str, Any], rows: Sequence[Row], results: str) -> str
     lines = [
         "# Every kernel on every chip",
         "",
-        f"Generated with `benchmarks/results/{results}`, where the rows of all configurations are. ",
+        f"Generated with `benchmarks/results/{results}`, where the rows of all configurations are.",
         "",
         *_head(header, rows),
         "## By kernel (compiled; times modelled)",
@@ -337,6 +339,11 @@ def parser() -> argparse.ArgumentParser:
     return result
 
 
+def _without_folder(word: str, path: Path | None) -> str:
+    """Of the path only the file's name: folders are the machine's own affair."""
+    return path.name if path is not None and word == str(path) else word
+
+
 def main(argv: Sequence[str]) -> int:
     """Print the tables, and write them with ``--json``; 1 if a kernel has a fault."""
     options = parser()
@@ -347,7 +354,7 @@ def main(argv: Sequence[str]) -> int:
         options.error("--page: names the results that it sums up; give --json FILE too")
     header: dict[str, Any] = {
         "date": date.today().isoformat(),
-        "command": " ".join(["python -m benchmarks proof", *argv]),
+        "command": " ".join(["python -m benchmarks proof", *(_without_folder(word, args.json) for word in argv)]),
         "versions": {"triton": triton.__version__, "torch": torch.__version__},
         "kind": "compiled, times modelled",
     }

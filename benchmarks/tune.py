@@ -100,9 +100,12 @@ def tiles(chip: str, product_: Product) -> list[Tile]:
     size = 2 if product_ == "half" else 4
     found = [
         Tile(m, n, d, warps, stages)
-        for m, n, d, warps, stages in product((64, 128, 256), (64, 128, 256), (16, 32, 64, 128), (4, 8), (2, 3, 4, 5))
+        for m, n, d, warps, stages in product(
+            (64, 128, 256), (64, 128, 256), (16, 32, 64, 128), (4, 8), (1, 2, 3, 4, 5)
+        )
         # One stage less is buffered than counted; a thread holds 16 to 128 sums of a tile.
-        if (stages - 1) * (m + n) * d * size <= MULTIPROCESSORS[chip].block_bytes and 16 <= m * n // (32 * warps) <= 128
+        if max(stages - 1, 1) * (m + n) * d * size <= MULTIPROCESSORS[chip].block_bytes
+        and 16 <= m * n // (32 * warps) <= 128
     ]
     return sorted(found, key=lambda tile: (1 / tile.block_m + 1 / tile.block_n, -tile.block_d, -tile.num_stages))
 

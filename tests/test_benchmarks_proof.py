@@ -257,6 +257,7 @@ def test_main_prints_and_writes(
     assert path.with_suffix(".md").read_text(encoding="utf-8").strip() == printed.strip()
     assert "12 kernels, 0 faults." in printed and "No GPU has run any of this" in printed and "measured" not in printed
     assert "## contrastive on sm_90 (compiled; times modelled on H100-SXM5-80GB)" in printed
+    assert "--json proof.json --page`" in printed and str(tmp_path) not in printed
     rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
     assert {row["kernel"].split("/")[0] for row in rows} == {"clip_loss", "clip_loss_backward"}
     assert all(row["kind"] == "compiled" and row["modelled_s"] > 0 for row in rows)
