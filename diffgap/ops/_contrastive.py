@@ -147,7 +147,7 @@ def positive_weights(
         return None, None
 
     def weights(ids: Tensor, others: Tensor) -> Tensor:
-        ordered = others.sort().values
+        ordered, ids = others.sort().values, ids.contiguous()  # torch warns of other strides
         first, last = (torch.searchsorted(ordered, ids, right=right) for right in (False, True))
         count = (last - first).to(dtype)
         return torch.where(count > 0, 1 / count, 0)

@@ -47,7 +47,7 @@ def test_attention(data: Any, dtype: torch.dtype, batch: int, queries: int, keys
         options["key_mask"] = torch.rand(batch, keys, generator=generator) < data.draw(st.sampled_from((0.0, 0.5, 1.0)))
         hidden = ~options["key_mask"][:, :, None, None]
         given |= {name: given[name].masked_fill(hidden, torch.nan) for name in ("k", "v")}
-    compare(ops.attention, given, options)
+    compare(ops.attention, given, options, terms=4.0)
 
 
 def contrastive(data: Any, dtype: torch.dtype, rows: int, columns: int, width: int) -> dict[str, Any]:
@@ -61,10 +61,9 @@ def contrastive(data: Any, dtype: torch.dtype, rows: int, columns: int, width: i
     return given
 
 
-def largest(rows: int, logit: float, options: dict[str, Any]) -> float:
+def sizes(rows: int, logit: float, reduction: str) -> dict[str, float]:
     """What a loss sums: for the gradient of the scale a term of 1 a row, for a row's own terms as large as a logit."""
-    weight = 1 / max(rows, 1) if options["reduction"] == "mean" else 1.0
-    return weight * (rows + logit)
+    return {"terms": (rows + logit) / (max(rows, 1) if reduction == "mean" else 1), "logit": logit}
 
 
 LOSS = {
@@ -91,7 +90,7 @@ def test_clip_loss(
         ops.clip_loss,
         {**given, "logit_scale": torch.tensor(logit_scale)},
         options,
-        largest=largest(rows, logit_scale, options),
+        **sizes(rows, logit_scale, options["reduction"]),
     )
 
 
@@ -111,7 +110,10 @@ def test_siglip_loss(
         options["label_offset"] = data.draw(st.one_of(st.none(), st.integers(0, more)))
     scalars = {"logit_scale": torch.tensor(logit_scale), "logit_bias": torch.tensor(logit_bias)}
     compare(
-        ops.siglip_loss, {**given, **scalars}, options, largest=largest(rows, logit_scale + abs(logit_bias), options)
+        ops.siglip_loss,
+        {**given, **scalars},
+        options,
+        **sizes(rows, logit_scale + abs(logit_bias), options["reduction"]),
     )
 
 
@@ -125,9 +127,9 @@ def test_losses_of_open_clips_form(
         "text_features": pair["b"].to(dtypes[1]),
         "logit_scale": torch.tensor(100.0),
     }
-    largest_term = largest(rows, 110.0, {"reduction": "mean"})
-    compare(ClipLoss(), given, largest=largest_term)
-    compare(SigLipLoss(chunk_size=chunk_size), {**given, "logit_bias": torch.tensor(-10.0)}, largest=largest_term)
+    terms = sizes(rows, 110.0, "mean")
+    compare(ClipLoss(), given, **terms)
+    compare(SigLipLoss(chunk_size=chunk_size), {**given, "logit_bias": torch.tensor(-10.0)}, **terms)
 
 
 @fuzzed(30, data=DATA, rows=SIZES, inner=WIDTHS, outer=WIDTHS, large=st.booleans(), bias=st.booleans())

@@ -7,6 +7,7 @@ import os
 import re
 import resource
 import shutil
+import subprocess
 import sys
 import tarfile
 import tempfile
@@ -219,6 +220,14 @@ def read_damaged(whole: Path, name: str, change: Callable[[bytes], bytes], file:
         (copy / file).write_bytes(change((copy / file).read_bytes()))
         with harmless(), suppress(*REFUSALS):
             reader(copy)
+
+
+@pytest.mark.parametrize(
+    "harm", [lambda path: path.write_text("x"), lambda path: os.mkdir(path), lambda _: subprocess.run(["true"])]
+)
+def test_harm_is_seen(tmp_path: Path, harm: Callable[[Path], Any]) -> None:
+    with pytest.raises(AssertionError), harmless():
+        harm(tmp_path / "new")
 
 
 @pytest.mark.parametrize("name", READERS)
