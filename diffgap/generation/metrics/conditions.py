@@ -25,8 +25,8 @@ class Conditions:
 
     Attributes:
         vectors: Name of a clip -> (D,).
-        space: That of the encoder (``family:digest``), or the fingerprint of the audio encoder whose space a bridge leads
-            to; it must be the backbone's.
+        space: That of the encoder (``family:digest``), or the fingerprint of the audio encoder whose space a bridge
+            leads to; it must be the backbone's.
         source: Fingerprint of what embedded them.
     """
 
