@@ -33,12 +33,13 @@ PAGES = {
 }
 _SOURCES = {page: source for source, page in PAGES.items()}
 _LINK = re.compile(r"(?<=\]\()(?!\w+:|#)([^)\s#]+)(#[^)\s]*)?(?=\))")
-_FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL)
+_FORMULA = re.compile(r'(<(span|div) class="arithmatex">)\\[(\[](.*?)\\[)\]](</\2>)', re.DOTALL)
 _OVERVIEW = """# Benchmarks
 
 Every table and picture here is made from the files in `benchmarks/results`. A peer's figure is its time divided by
 diffgap's, the least and the most over the cases of that operation: above 1 diffgap is faster. *Modelled* times are
-computed for a named GPU and were not measured. [How it is measured](method.md) has the rules.
+computed for a named GPU and were not measured. `copy`, and the parts of a call in tables of that name, are no peers:
+[How it is measured](method.md) says what each is, and has the rules.
 
 | operation | kind | cases | time of the peers in diffgap's | machine | date |
 |---|---|--:|---|---|---|
@@ -49,7 +50,10 @@ _log = logging.getLogger("mkdocs.hooks.docs_site")
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
     """Fill the parts of the navigation whose pages are generated."""
-    results = [{page.stem if page.stem != "report" else page.parent.name: _page_of(page)} for page in _documents()]
+    results = [
+        {page.relative_to(RESULTS).with_suffix("").as_posix().removesuffix("/report"): _page_of(page)}
+        for page in _documents()
+    ]
     generated = {
         "Benchmarks": [{"Overview": "benchmarks/index.md"}, {"How it is measured": "benchmarks/method.md"}, *results],
         "API": [{name: f"api/{name}.md"} for name in _modules()],
@@ -85,7 +89,9 @@ def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
 
 def on_page_content(content: str, **_: Any) -> str:
     """Formulas as MathML."""
-    return _FORMULA.sub(lambda formula: mathml(formula[2], display=formula[1] == "div"), content)
+    return _FORMULA.sub(
+        lambda formula: f"{formula[1]}{mathml(formula[3], display=formula[2] == 'div')}{formula[4]}", content
+    )
 
 
 def mathml(tex: str, *, display: bool) -> str:
