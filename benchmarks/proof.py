@@ -276,6 +276,8 @@ def _head(header: Mapping[str, Any], rows: Sequence[Row]) -> list[str]:
     verdict = f"{len(rows)} kernels{without}, {len(wrong)} faults" + (":" if wrong else ".")
     lines = [f"`{header['command']}`, {header['date']}", ""]
     lines += [_EXPLAINED.format(triton=header["versions"]["triton"], gpus=gpus)]
+    if header["size"] == "ci":
+        lines += ["Of configurations with equal rows one is compiled here (`--size ci`); `--size full` has all.", ""]
     return [*lines, verdict, "", *(f"- {line}" for line in wrong), *([""] if wrong else []), *summary(rows)]
 
 
@@ -357,6 +359,7 @@ def main(argv: Sequence[str]) -> int:
         "command": " ".join(["python -m benchmarks proof", *(_without_folder(word, args.json) for word in argv)]),
         "versions": {"triton": triton.__version__, "torch": torch.__version__},
         "kind": "compiled, times modelled",
+        "size": args.size,
     }
     families = list(dict.fromkeys(OPS[op] for op in args.kernel or OPS))
     of_triton = [family for family in families if family != SCHEDULE]
