@@ -228,10 +228,8 @@ def _loop(
         x = start
         for t in scheduler.timesteps:
             conditional, unconditional = network(torch.cat((x, x)), t.to(x)).chunk(2)
-            v = unconditional + config.guidance_scale * (conditional - unconditional)
-            alpha, sigma = generator.noise_table[t]
-            x0 = (alpha * x - sigma * v).clamp(-config.x0_clamp, config.x0_clamp)
-            x = scheduler.step(x0, t, x, return_dict=False)[0]
+            x0 = unconditional + config.guidance_scale * (conditional - unconditional)
+            x = scheduler.step(x0.clamp(-config.x0_clamp, config.x0_clamp), t, x, return_dict=False)[0]
         return (x * generator.deviation + generator.mean,)
 
     return run
@@ -250,11 +248,10 @@ def _torch_attention(
 
 
 def _torch_q_sample(x0: Tensor, t: Tensor, table: Tensor, seeds: Tensor, target: str) -> tuple[Tensor, Tensor]:
-    if target != "v_prediction":
-        raise ValueError(f"target is {target!r}; the generator of this benchmark predicts 'v_prediction'")
+    if target != "sample":
+        raise ValueError(f"target is {target!r}; the generator of this benchmark predicts 'sample'")
     alpha, sigma = table[t][:, :, None, None].unbind(1)
-    noise = torch.randn_like(x0)
-    return alpha * x0 + sigma * noise, alpha * noise - sigma * x0
+    return alpha * x0 + sigma * torch.randn_like(x0), x0
 
 
 def _torch_uniform(seeds: Tensor, count: int, stream: int) -> Tensor:

@@ -312,6 +312,8 @@ def to_page(header: Mapping[str, Any], rows: Sequence[Row], results: str) -> str
 _HOW_TO = """\
 ## On a GPU of your own
 
+<!-- not run: needs a GPU, or compiles for minutes; tests/kernels compiles one row of equal ones -->
+
     make gpu                                 # its tests, all benchmarks, and the modelled times against the measured
     python -m benchmarks proof --chip sm_90  # the table above for one chip, every configuration; no GPU needed
     python -m benchmarks tune                # times other configurations and prints the rows for kernels/configs.py

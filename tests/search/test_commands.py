@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import urllib.request
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -96,7 +97,10 @@ def test_an_index_without_an_encoder_names_the_flag(
 
 def test_the_page_is_served_until_interrupted(workshop: Workshop) -> None:
     command = [sys.executable, "-u", "-m", "diffgap", "search", str(workshop.index), "--serve"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    # A shell's background job ignores interrupts, and so would its children.
+    interruptible = partial(signal.signal, signal.SIGINT, signal.default_int_handler)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, text=True, preexec_fn=interruptible, **pipes) as process:
         try:
             assert process.stdout is not None
             found = re.search(r"http://127\.0\.0\.1:[0-9]+/", process.stdout.readline())
