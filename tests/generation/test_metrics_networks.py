@@ -177,6 +177,12 @@ class TestReadStateDict:
         state = {"weight": torch.arange(3.0)}
         torch.save({"model": state, "best": np.float64(0.4), "order": np.arange(4)}, tmp_path / "published.pth")
         torch.testing.assert_close(read_state_dict(tmp_path / "published.pth", "model")["weight"], torch.arange(3.0))
+        # Of a numpy before 2, whose module had another name, and a torch before zip files: what is published is so old.
+        file = tmp_path / "published.pth"
+        torch.save({"model": state, "order": np.arange(4)}, file, _use_new_zipfile_serialization=False)
+        file.write_bytes(file.read_bytes().replace(b"cnumpy._core.", b"cnumpy.core."))
+        assert b"cnumpy.core.multiarray\n_reconstruct" in file.read_bytes()
+        torch.testing.assert_close(read_state_dict(file, "model")["weight"], torch.arange(3.0))
         torch.save({"model": state, "run": hashlib.sha256}, tmp_path / "code.pth")
         with pytest.raises(ValueError, match=r"not run as code: .*save its state_dict alone.*'model'"):
             read_state_dict(tmp_path / "code.pth", "model")
