@@ -42,7 +42,7 @@ def metrics(
     Args:
         generated: Set of `diffgap generate --data`, or a folder of sounds.
         backbone: Networks that listen: `mel` (spectra, no network), `offline`, `offline:aisfx`, `transformers:FOLDER`,
-            `laion-clap:CHECKPOINT`, or your own as `package.module:Name`.
+            `laion-clap:CHECKPOINT`, `panns:CHECKPOINT`, `vggish:CHECKPOINT`, or your own as `package.module:Name`.
         reference: Folder of the recordings, for a folder of sounds; what has the same name is a pair.
         text: Text encoder that shares its space with a backbone, for a set's captions: CLAP score and recall.
         classifier: What a linear classifier on the backbones' features learns from: an embedding store made by the same

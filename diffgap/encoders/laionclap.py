@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import os
 import sys
-import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -26,6 +25,7 @@ import torch
 
 from diffgap.data.media.audio import AudioReader
 from diffgap.data.media.text import TextReader
+from diffgap.encoders._checkpoint import read_state_dict
 from diffgap.encoders._packages import require
 from diffgap.encoders._towers import MAX_SECONDS, FloatArray, TextTower, Tower, check_vocabulary, file_digest, fuse_mel
 
@@ -71,26 +71,8 @@ def _import_package() -> Any:
 
 
 def read_checkpoint(file: Path) -> dict[str, torch.Tensor]:
-    """The weights of a published checkpoint, without "module." and ``position_ids``. Raises ValueError.
-
-    Training checkpoints hold numpy scalars (a best score, say) beside the weights: those are let in, nothing else is.
-    """
-    if not file.is_file():
-        raise ValueError(f"laion-clap checkpoint {file} does not exist")
-    scalar = np.float64(0).__reduce__()[0]
-    allowed: list[Any] = [np.dtype, *{type(np.dtype(kind)) for kind in "?bhilqBHILQefd"}]
-    allowed += [scalar, (scalar, "numpy.core.multiarray.scalar"), (scalar, "numpy._core.multiarray.scalar")]
-    try:
-        with torch.serialization.safe_globals(allowed):
-            content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-    except Exception as error:
-        raise ValueError(
-            f"{file} cannot be read as weights alone, and it is not run as code: {str(error).splitlines()[0]}; "
-            "save its state_dict alone: torch.save({'state_dict': state_dict}, file)"
-        ) from error
-    state = content.get("state_dict", content) if isinstance(content, Mapping) else None
-    if not isinstance(state, Mapping) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise ValueError(f"{file} holds no state_dict of tensors")
+    """The weights of a published checkpoint, without "module." and ``position_ids``. Raises ValueError."""
+    state = read_state_dict(file, "state_dict")
     weights = {key.removeprefix("module."): value for key, value in state.items()}
     return {key: value for key, value in weights.items() if not key.endswith("embeddings.position_ids")}
 

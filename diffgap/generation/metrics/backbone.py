@@ -1,23 +1,23 @@
 """Backbones: the networks whose features and logits the metrics are computed from.
 
-Every audio encoder of :mod:`diffgap.encoders` gives features through :class:`EncoderBackbone`. PANNs, PaSST, VGGish and
-the like are plugged in from your own code and weights, as ``load_backbone("mypackage.panns:Cnn14",
-weights="Cnn14_16k.pth")``::
+Every audio encoder of :mod:`diffgap.encoders` gives features through :class:`EncoderBackbone`; PANNs and VGGish are in
+:mod:`diffgap.generation.metrics.networks`. PaSST and the like are plugged in from your own code and weights, as
+``load_backbone("mypackage.passt:Passt", weights="passt.pt")``::
 
-    class Cnn14:
-        name, sample_rate, space = "cnn14-16k", 16_000, ""
+    class Passt:
+        name, sample_rate, space = "passt", 32_000, ""
         outputs = frozenset({"features", "logits"})
 
         def __init__(self, weights: str) -> None:
-            self.model = load_cnn14(weights)                    # yours
-            self.fingerprint = "cnn14-16k:" + sha256_of(weights)
+            self.model = load_passt(weights)                    # yours
+            self.fingerprint = "passt:" + sha256_of(weights)
             self.reader = AudioReader(self.sample_rate)         # diffgap.data.media.audio
 
         def __call__(self, waveforms):
             outputs = [self.model(torch.from_numpy(wave)[None]) for wave in waveforms]
-            return [{"features": o["embedding"][0].numpy(), "logits": o["logits"][0].numpy()} for o in outputs]
+            return [{"features": features[0].numpy(), "logits": logits[0].numpy()} for logits, features in outputs]
 
-For figures on ``audioldm_eval``'s scale the logits are those before the sigmoid; VGGish gives a row for every 0.96 s.
+For figures on ``audioldm_eval``'s scale the logits are those before the sigmoid.
 """
 
 from __future__ import annotations
@@ -122,7 +122,8 @@ _ENCODERS = ("offline", "transformers", "open-clip", "laion-clap")
 def build_backbone(spec: str, device: str = "cpu") -> Backbone:
     """The backbone that the command line calls ``spec``.
 
-    ``mel`` (spectra, without weights); an audio encoder of :mod:`diffgap.encoders.registry` (``offline``,
+    ``mel`` (spectra, without weights); ``panns:FILE`` or ``vggish:FILE``, with the checkpoint FILE, as of
+    :mod:`diffgap.generation.metrics.networks`; an audio encoder of :mod:`diffgap.encoders.registry` (``offline``,
     ``offline:aisfx``, ``laion-clap:FILE`` ...); or ``package.module:Name?option=value``, found in the working folder
     too, as of :func:`load_backbone`, with its options as strings.
 
@@ -132,12 +133,18 @@ def build_backbone(spec: str, device: str = "cpu") -> Backbone:
     """
     from diffgap.encoders.registry import build_encoder
     from diffgap.generation.metrics.mel import MelStatistics
+    from diffgap.generation.metrics.networks import NETWORKS
 
     name, _, query = spec.partition("?")
     if spec == "mel":
         return MelStatistics()
     if name.partition(":")[0] in _ENCODERS:
         return EncoderBackbone(build_encoder("audio", spec, device))
+    network, _, weights = spec.partition(":")
+    if network in NETWORKS:
+        if not weights:
+            raise ValueError(f"backbone {spec!r} must name its checkpoint, as in {network}:FILE")
+        return NETWORKS[network](weights, device)
     try:
         options = dict(parse_qsl(query, keep_blank_values=True, strict_parsing=bool(query)))
     except ValueError:
