@@ -22,16 +22,19 @@ $(INSTALLED): pyproject.toml setup.py $(wildcard csrc/*/*)
 	$(BIN)/pip install --quiet --no-build-isolation --editable ".[$(EXTRAS)]"
 	touch $@
 
-# Two packages whose own requirements would put numpy back below 2, though they work beside it; their tests skip without.
+# Packages whose own requirements would put numpy back below 2, or add much that is not used; their tests skip without.
 unpinned: install
-	$(BIN)/pip install --quiet --no-deps aisfx==0.1.2 laion-clap torchlibrosa
+	$(BIN)/pip install --quiet --no-deps aisfx==0.1.2 laion-clap torchlibrosa panns-inference==0.1.1
 	$(BIN)/pip install --quiet torchvision transformers librosa h5py pandas webdataset wget ftfy
 
 demo: install
 	$(BIN)/diffgap demo $(if $(STEPS),--steps $(STEPS))
 
+# A file's tests stay in one process, as they share what takes long to make.
+WORKERS ?= 2
+
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 lint: install
 	$(BIN)/ruff check .
