@@ -45,7 +45,7 @@ def generate(
         video: Video to generate from.
         audio: Sound to generate from: others with the same embedding.
         encoder: Encoder of the query, as in `diffgap embed`: the one that the bridge was trained on. By default the
-            small offline one; for a generator of diffusers its own CLAP, which takes texts.
+            small offline one; for texts CLAP, if given; for a generator of diffusers its own CLAP, which takes texts.
         clap: For a generator of diffusers: the CLAP that the bridge's audio side was embedded with, as in `diffgap
             embed`, to be held against the generator's own; ENCODER by default.
         bridge: Run folder or saved model of the bridge; by default the one that the generator was trained with.
@@ -87,6 +87,7 @@ def generate(
     vectors = None
     if asked:
         modality, source = asked[0]
+        encoder = encoder or (clap if modality == "text" else "")
         own = getattr(made, "encoder", None) if modality == "text" and not encoder else None
         embedder = own or build_encoder(modality, encoder or "offline", device)
         how = how or ("raw" if space.bridge is None or modality == space.modality else "bridged")

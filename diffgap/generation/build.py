@@ -59,7 +59,7 @@ def check_clap(generator: Generator, space: AudioSpace, clap: str) -> None:
     """
     from diffgap.generation.pretrained import DiffusersGenerator
 
-    if not isinstance(generator, DiffusersGenerator) or space.encoder == generator.encoder.fingerprint:
+    if not isinstance(generator, DiffusersGenerator):
         return
     if not clap:
         raise ValueError(

@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import torch
+from safetensors import SafetensorError
 
 from diffgap.data.media import Reader
 from diffgap.data.media.audio import AudioReader
@@ -87,7 +88,7 @@ class MelAutoencoder:
 
     Raises:
         FileNotFoundError: The folder holds none.
-        ValueError: It is not of one channel, or its bands are no multiple of its factor.
+        ValueError: It is damaged, not of one channel, or its bands are no multiple of its factor.
     """
 
     def __init__(self, folder: str | Path, mel: MelSettings = AUDIOLDM) -> None:
@@ -98,7 +99,11 @@ class MelAutoencoder:
         weights = [*path.glob("diffusion_pytorch_model*.safetensors")] or [*path.glob("diffusion_pytorch_model*.bin")]
         if not (path / "config.json").is_file() or not weights:
             raise FileNotFoundError(f"{path} holds no config.json and weights; give the folder of an AutoencoderKL")
-        self._model = diffusers.AutoencoderKL.from_pretrained(str(path), local_files_only=True).eval()
+        try:
+            self._model = diffusers.AutoencoderKL.from_pretrained(str(path), local_files_only=True).eval()
+        except (OSError, SafetensorError, ValueError, RuntimeError, TypeError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise ValueError(f"{path} is no whole AutoencoderKL ({reason}); copy it again") from error
         config = self._model.config
         factor = 2 ** (len(config.block_out_channels) - 1)
         if config.in_channels != 1 or mel.bands % factor:

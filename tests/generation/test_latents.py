@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -86,6 +87,12 @@ def test_what_is_no_autoencoder_of_spectrograms_is_refused(folder: Path, tmp_pat
         MelAutoencoder(tmp_path)
     with pytest.raises(ValueError, match="9 bands must be a multiple"):
         MelAutoencoder(folder, MelSettings(bands=9))
+    damaged = tmp_path / "damaged"
+    shutil.copytree(folder, damaged)
+    (weights,) = damaged.glob("*.safetensors")
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(ValueError, match="is no whole AutoencoderKL"):
+        MelAutoencoder(damaged, MEL)
     coder = MelAutoencoder(folder, MEL)
     for bad in (np.zeros((0, 8), np.float32), np.zeros((3, 9), np.float32)):
         with pytest.raises(ValueError, match="log_mel is"):

@@ -243,6 +243,9 @@ def test_the_command_with_and_without_a_bridge(
     led = ["--bridge", tmp_path / "own-run", "--encoder", f"transformers:{own}"]
     assert run("generate", *short, *led, "-o", tmp_path / "bridged.wav") == 0
     assert "bridged" in capsys.readouterr().out
+    named = ["--bridge", tmp_path / "own-run", "--clap", f"transformers:{own}"]  # embeds the text too
+    assert run("generate", *short, *named, "-o", tmp_path / "named.wav") == 0
+    assert (tmp_path / "named.wav").read_bytes() == (tmp_path / "bridged.wav").read_bytes()
     assert run("generate", *short, *led, "--how", "raw", "-o", tmp_path / "same.wav") == 0
     assert (tmp_path / "same.wav").read_bytes() == (tmp_path / "raw.wav").read_bytes()
     assert (tmp_path / "bridged.wav").read_bytes() != (tmp_path / "raw.wav").read_bytes()
