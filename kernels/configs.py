@@ -289,8 +289,6 @@ def chip_of(x: Tensor) -> str:
     if torch.version.hip is not None:
         name = str(torch.cuda.get_device_properties(x.device).gcnArchName)
         return "gfx950" if name.startswith("gfx950") else "gfx942"
-    if not x.is_cuda:
-        return "sm_80"  # Triton's interpreter
     major, minor = torch.cuda.get_device_capability(x.device)
     if major < 8:
         raise RuntimeError(
