@@ -17,10 +17,11 @@ class Gpu:
     8.0 and 9.0 (FP32, INT, special functions). A100's whitepaper gives L2's 5,120 bytes a clock; no document gives
     H100's, which is taken as that.
 
-    The others: data sheets of A10, L40S, HGX B200 (an eighth of it, half of its rates with sparsity) and MI300X and
-    MI355X; Ada and RTX Blackwell GPU Architecture whitepapers (multiprocessors, clocks, L2); the same tables of native
-    instructions; AMD CDNA 3 whitepaper (L2: 2 KiB a clock for each of eight dies; special functions at a quarter of the
-    rate). Where no document gives L2's rate it is no limit, and where links do not matter they have none.
+    The others are not checked against a document yet, and what is modelled of them is provisional: look them up in the
+    data sheets of A10, L40S, HGX B200 (an eighth of it, half of its rates with sparsity), MI300X and MI355X, in the Ada and
+    RTX Blackwell architecture whitepapers (multiprocessors, clocks, L2), the same tables of native instructions, and
+    AMD's CDNA 3 whitepaper (L2, special functions). Where L2's rate is not known it is no limit, and where links do not
+    matter they have none.
     """
 
     name: str
