@@ -19,7 +19,7 @@ class Gpu:
 
     The others are not checked against a document yet, and what is modelled of them is provisional: look them up in the
     data sheets of A10, L40S, HGX B200 (an eighth of it, half of its rates with sparsity), MI300X and MI355X, in the Ada
-    and RTX Blackwell architecture whitepapers (multiprocessors, clocks, L2), the same tables of native instructions, and
+    and RTX Blackwell architecture whitepapers (multiprocessors, clocks, L2), the same tables of instructions, and
     AMD's CDNA 3 whitepaper (L2, special functions). Where L2's rate is not known it is no limit, and where links do not
     matter they have none.
     """
