@@ -42,6 +42,8 @@ _dispatch.declare("linear", cpu=_dispatch.Native("oneDNN", (torch.float32,), _mi
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None, function: str = "none") -> Tensor:
     """``function(x @ weight.T + bias)``; any strides."""
+    if bias is not None:
+        bias = bias.contiguous()  # oneDNN would read it as if it were
     result: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, function, [], "")
     return result
 
@@ -59,11 +61,13 @@ _linear_gradients = _dispatch.define(
 )
 
 
-def _by_onednn(x: Tensor, weight: Tensor) -> bool:
+def _by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether it is worth oneDNN's call; what oneDNN does not take (other dtypes, a bias to broadcast) is torch's."""
     return (
         x.numel() * len(weight) >= _WORTHWHILE
         and _dispatch.prefers("linear", x)
         and weight.dtype == x.dtype
+        and (bias is None or (bias.dtype == x.dtype and bias.shape == weight.shape[:1]))
         and not torch.compiler.is_compiling()
         and _dispatch.autocast_dtype(x) is None
     )
@@ -99,7 +103,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Returns:
         (..., out_features).
     """
-    if not _by_onednn(x, weight):
+    if not _by_onednn(x, weight, bias):
         return F.linear(x, weight, bias)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
         result: Tensor = _Linear.apply(x, weight, bias)
@@ -119,9 +123,9 @@ def swiglu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         (..., hidden).
     """
     recorded = torch.is_grad_enabled() and any(t.requires_grad for t in (x, weight, bias))
-    if recorded or not _by_onednn(x, weight):
+    if recorded or not _by_onednn(x, weight, bias):
         return silu_mul(linear(x, weight, bias))
-    (gate_weight, up_weight), (gate_bias, up_bias) = weight.chunk(2), bias.chunk(2)
+    (gate_weight, up_weight), (gate_bias, up_bias) = weight.chunk(2), bias.contiguous().chunk(2)
     gate = _product(x, gate_weight, gate_bias, "swish")
     result: Tensor = torch.ops.mkldnn._linear_pointwise.binary(x, gate, up_weight, up_bias, "mul")
     return result

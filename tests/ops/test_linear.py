@@ -67,6 +67,17 @@ def test_linear_takes_any_strides(route: str) -> None:
     assert_close_to_oracle(found[1], spread[0].double().sum((0, 1)).expand(12, 10))
 
 
+@pytest.mark.parametrize("layout", ["repeated", "every second", "one number"])
+def test_any_bias(route: str, layout: str) -> None:
+    x, weight, values = tensors((5, 16), (18, 16), (36,))
+    bias = {"repeated": values[:1].expand(18), "every second": values[::2], "one number": values[:1]}[layout]
+    expected = F.linear(x.double(), weight.double(), bias.double())
+    assert_close_to_oracle(linear(x, weight, bias), expected)
+    if layout != "one number":
+        gate, up = expected.chunk(2, -1)
+        assert_close_to_oracle(swiglu(x, weight, bias), F.silu(gate) * up)
+
+
 @pytest.mark.parametrize("rows", [0, 1, 7, 63, 100, 1000])
 @pytest.mark.parametrize(("outputs", "inputs"), [(1, 1), (9, 1), (1, 40), (63, 100), (300, 130), (0, 5), (5, 0)])
 @pytest.mark.parametrize("strided", [False, True])
