@@ -134,13 +134,14 @@ def make_environment(python: Path, torch: str, root: Path) -> Environment:
 
 
 def find_python(minor: str, extra: Sequence[Path]) -> Path:
-    """The interpreter of a version (``"3.12"``) among ``extra`` and those on the PATH.
+    """The interpreter of a version (``"3.12"``) among ``extra``, those on the PATH and pyenv's.
 
     Raises:
         Unavailable: There is none.
     """
     on_path = shutil.which(f"python{minor}")
-    for candidate in [*extra, *([Path(on_path)] if on_path else [])]:
+    pyenv = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv"), "versions")
+    for candidate in [*extra, *([Path(on_path)] if on_path else []), *sorted(pyenv.glob(f"{minor}.*/bin/python"))]:
         code = "import sys; print('%d.%d' % sys.version_info[:2])"
         done = subprocess.run([candidate, "-c", code], capture_output=True, text=True)
         if done.returncode == 0 and done.stdout.strip() == minor:

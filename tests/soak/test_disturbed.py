@@ -29,7 +29,7 @@ def tree(folder: Path) -> dict[str, bytes]:
     return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
-def in_one_process(module: str, *arguments: Path) -> str:
+def in_one_process(module: str, *arguments: object) -> str:
     """What ``python -m module`` prints."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", module, *map(str, arguments)]
@@ -134,9 +134,9 @@ def test_embedding_that_is_killed(apart: Apart, tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not LONG, reason="tests/training/test_trainer.py kills a shorter run in the same way")
 def test_training_that_is_killed(tmp_path: Path) -> None:
-    config = saved_config(tmp_path, steps=120, eval_every=2, checkpoint_every=1)
+    config = saved_config(tmp_path, steps=300, eval_every=2, checkpoint_every=1)
     folders = tmp_path / "whole", tmp_path / "killed"
-    deaths = int(in_one_process("tests.training.kill_loop", config, *folders).split()[-1])
+    deaths = int(in_one_process("tests.training.kill_loop", config, *folders, 0.05).split()[-1])
     assert deaths == KILLS
     assert tree(folders[1]) == tree(folders[0])
     found.append(f"{deaths} kills of one training run: its folder equals the undisturbed one, bit for bit")

@@ -1,9 +1,10 @@
 """Trains one run undisturbed and another that is killed again and again until it is done.
 
-    python -m tests.training.kill_loop CONFIG REFERENCE KILLED
+    python -m tests.training.kill_loop CONFIG REFERENCE KILLED LATEST
 
 Every attempt is a fork of this process, so that it does not import torch anew. Two in three die by SIGKILL at a
-random one of their own file operations, the third at a random time. Prints the number of attempts that died.
+random one of their own file operations, the third at a random time, which is at most LATEST of what the undisturbed
+run took. Prints the number of attempts that died.
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ def die_at(operation: int, folder: str) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    config, reference, killed = sys.argv[1:]
+    config, reference, killed, latest = sys.argv[1:]
     command = ["train", "--config", config]
     start = time.monotonic()
     main([*command, reference])  # here, so that the forks find everything imported
@@ -76,7 +77,8 @@ if __name__ == "__main__":
     draw, deaths, done = random.Random(0), 0, False
     while not done and deaths < 20:
         # Late enough, on average, to get past a checkpoint; early enough to be killed several times.
-        operation, patience, by_time = draw.randint(3, 30), draw.uniform(0.05, 0.3) * duration, deaths % 3 == 2
+        operation, by_time = draw.randint(3, 30), deaths % 3 == 2
+        patience = draw.uniform(0.2, 1.0) * float(latest) * duration
 
         def prepare(operation: int = operation, armed: bool = not by_time) -> None:
             if armed:

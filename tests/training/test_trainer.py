@@ -65,7 +65,7 @@ def test_a_killed_run_ends_bit_identical(tmp_path: Path) -> None:
         time.sleep(0.03)
         process.send_signal(signal.SIGKILL)
     assert process.returncode == -signal.SIGKILL
-    loop = [sys.executable, "-m", "tests.training.kill_loop", str(config), str(reference), str(killed)]
+    loop = [sys.executable, "-m", "tests.training.kill_loop", str(config), str(reference), str(killed), "0.3"]
     done = subprocess.run(loop, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout.split()[-1]) >= 2, "the first two die at a file operation, on a machine of any speed"
