@@ -237,9 +237,11 @@ struct BackwardEpilogue {
     return exp_nonpositive(log_softmax(logit, largest, rest));
   }
 
-  // factor * softmax - target, without cancellation where the softmax is nearly 1.
+  // factor * softmax - target. Nearly 1, the softmax cancels with the target of an only positive, and its difference
+  // from 1 is known better; far below 1, as where a row has many positives, that difference would lose its digits.
   static float positive(float logit, const float* lse, float factor, float target) {
-    return factor * std::expm1(log_softmax(logit, lse[0], lse[1])) + (factor - target);
+    const float x = log_softmax(logit, lse[0], lse[1]);
+    return x > -0.6931472f ? factor * std::expm1(x) + (factor - target) : factor * exp_nonpositive(x) - target;
   }
 
   DIFFGAP_HD void add_columns(const Place& at, const float* __restrict values, float* __restrict g) const {

@@ -97,6 +97,16 @@ def test_clip_loss_with_ids_takes_sides_of_unequal_length(rows: int, columns: in
     )
 
 
+def test_clip_loss_keeps_the_digits_of_a_small_softmax() -> None:
+    """A target of 1 / 133 is subtracted from softmaxes near it, not from their difference from 1."""
+    ids = torch.zeros(133, dtype=torch.int64)
+    assert_matches(
+        lambda a, b, s: clip_loss(a, b, s, ids_a=ids, ids_b=ids),
+        lambda *x: oracle(*x, positive=torch.ones(133, 133, dtype=torch.bool)),
+        [*pairs(133, 133, 64, torch.float32), leaf(1.0, torch.float32)],
+    )
+
+
 def test_clip_loss_with_distinct_ids_is_the_plain_loss() -> None:
     a, b = pairs(9, 9, 16)
     ids = torch.arange(9) * 7 - 20
