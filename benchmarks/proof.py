@@ -260,7 +260,8 @@ the modelled ones in `benchmarks/results` were off by more than a quarter. The G
 
 {gpus}.
 
-The rates of all but the A100 and the H100 are not checked against a document yet: times of the others are provisional.
+The rates were checked against the documents that `benchmarks/gpus.py` names. No document gives the special functions'
+of MI300X and MI355X: times that those bound are provisional.
 
 Registers and spilled bytes are of a thread, shared memory and warps of a block. `tensor` is the tensor core's
 instruction, and how many there are in the code, those of a loop once; float32 has none on NVIDIA's chips unless torch

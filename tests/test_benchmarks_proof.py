@@ -16,7 +16,7 @@ pytest.importorskip("triton")
 from benchmarks import __main__ as command
 from benchmarks import cuda_kernels, nvcc, proof
 from benchmarks.compiled import Case, Code, Compiled
-from benchmarks.gpus import A100, H100, MI355X, OF_CHIP
+from benchmarks.gpus import A100, B200, H100, L40S, MI300X, MI355X, OF_CHIP
 from benchmarks.sass import LoopCounts
 from benchmarks.work import Work, kernel_of, work_of
 
@@ -182,6 +182,30 @@ def test_the_time_is_that_of_the_slowest_pipe(build: Build) -> None:
 
 def cuda_kernel(*instructions: str, local_bytes: int = 0) -> nvcc.Kernel:
     return nvcc.Kernel(40, 0, local_bytes, [*instructions])
+
+
+#: Of one multiprocessor and clock: dense operations in bfloat16 with float32 accumulation.
+OPERATIONS = {"sm_80": 2048, "sm_86": 1024, "sm_89": 1024, "sm_90": 4096, "sm_100": 8192, "sm_120": 512}
+OPERATIONS |= {"gfx942": 2048, "gfx950": 4096}
+#: Published, in float32 without tensor cores; H100's is at another clock than its products'.
+FP32 = {"sm_80": 19.5e12, "sm_86": 31.2e12, "sm_89": 91.6e12, "sm_90": 67e12 * 1.83 / 1.98, "sm_100": 75e12}
+FP32 |= {"sm_120": 104.8e12, "gfx942": 163.4e12, "gfx950": 157.3e12}
+
+
+@pytest.mark.parametrize("chip", OF_CHIP)
+def test_published_rates_fit_units_and_clock(chip: str) -> None:
+    gpu = OF_CHIP[chip]
+    made = gpu.multiprocessors * gpu.clock * OPERATIONS[chip]
+    # B200's products have a lower clock, which is not published.
+    assert gpu.bf16 == pytest.approx(made, rel=0.06 if gpu is B200 else 2e-3)
+    assert gpu.tf32 == pytest.approx(gpu.bf16 / 2 if gpu is not MI355X else 0.0, rel=2e-3)
+    assert gpu.matrix_fp32 == pytest.approx(FP32[chip], rel=1e-2)
+
+
+def test_rates_that_differ_from_those_of_like_gpus() -> None:
+    assert L40S.bf16 == 733e12 / 2
+    assert (B200.hbm, B200.l2_bytes) == (7.7e12, 132_644_864)
+    assert MI355X.special == 2 * MI300X.special
 
 
 def test_cuda_kernels_are_read_and_modelled(monkeypatch: pytest.MonkeyPatch) -> None:
