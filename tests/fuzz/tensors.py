@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from diffgap.ops import backend
-from tests.helpers import assert_close_to_oracle
+from tests.helpers import assert_close_to_oracle, relative_l2
 
 Op = Callable[..., Any]
 
@@ -66,7 +66,8 @@ def _results(op: Op, tensors: Mapping[str, Any], options: Mapping[str, Any], lea
     if not learned:
         return list(outputs)
     generator = torch.Generator().manual_seed(0)
-    cotangents = [torch.randn(y.shape, generator=generator, dtype=torch.float64).to(y.dtype) for y in outputs]
+    # The same numbers in every dtype.
+    cotangents = [(torch.randint(-128, 129, y.shape, generator=generator) / 64).to(y.dtype) for y in outputs]
     differentiable = [(y, g) for y, g in zip(outputs, cotangents, strict=True) if y.requires_grad]
     wanted = [leaves[name] for name in learned]
     ys, gs = zip(*differentiable, strict=True)
@@ -86,9 +87,10 @@ def compare(
     """Assert the accuracy contract of outputs and gradients, and that the inputs are left as they were.
 
     The oracle is the eager reference in float64. What is not finite must be the same in the reference of the inputs'
-    own dtype, which overflows where float64 does not. ``terms`` is the size of the largest terms of the sums, and
-    ``logit`` that of the exponents in them: where the terms cancel, to a hundredth or less, each element may be off by
-    some 32 rounding errors of a term, which are ``logit`` times those of float32.
+    own dtype, which overflows where float64 does not. Random cases may be so ill-conditioned that float32 cannot keep
+    the contract. Then at most four times the error of the reference in float32 is allowed; and, as that may cancel to
+    nothing by chance, where the terms of a sum cancel to a hundredth or less, four rounding errors of a term.
+    ``terms`` is the size of the largest terms, and ``logit`` that of the exponents in them, by which their errors grow.
     """
     options = options or {}
     learned = [name for name, x in tensors.items() if backward and isinstance(x, Tensor) and x.is_floating_point()]
@@ -109,7 +111,11 @@ def compare(
             continue
         finite = plain.isfinite() & exact.isfinite()
         torch.testing.assert_close(mine[~finite], plain[~finite], equal_nan=True)
-        rounding = 32 * torch.finfo(torch.float32).eps * terms * max(logit, 1.0)
+        if mine.dtype == torch.float32 and relative_l2(mine[finite], exact[finite]) <= 4 * relative_l2(
+            plain[finite], exact[finite]
+        ):
+            continue
+        rounding = 4 * torch.finfo(torch.float32).eps * terms * max(logit, 1.0)
         cancelled = bool(exact[finite].abs().le(terms / 100).all())
         if cancelled and (mine.double() - exact)[finite].abs().le(rounding).all():
             continue
