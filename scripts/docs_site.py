@@ -1,6 +1,6 @@
 """Pages of the documentation that are made from files outside docs/ (an MkDocs hook, see mkdocs.yml).
 
-README.md is the first page and CONTRIBUTING.md another; every document in benchmarks/results is a page, with its
+README.md is the first page, CONTRIBUTING.md and CHANGELOG.md two others; every document in benchmarks/results is a page, with its
 picture, and a table of them all is made from the JSON beside them; every package of diffgap has a page of its
 docstrings. Links between these files become links between pages; formulas become MathML, which browsers draw
 by themselves.
@@ -29,6 +29,7 @@ RESULTS = Path("benchmarks/results")
 PAGES = {
     "README.md": "index.md",
     "CONTRIBUTING.md": "contributing.md",
+    "CHANGELOG.md": "changelog.md",
     "benchmarks/README.md": "benchmarks/method.md",
 }
 _SOURCES = {page: source for source, page in PAGES.items()}

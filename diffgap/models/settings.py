@@ -21,7 +21,7 @@ _MOST, _MOST_BLOCKS = 2**16, 2**8
 class BridgeSettings:
     """Settings of :class:`diffgap.DiffGAP`; ``paper`` and ``recommended`` are its presets.
 
-    The defaults are the recommended preset: what measured best on the bundled data (README, "What it gives").
+    The defaults are the recommended preset: what measured best on the bundled data (docs/retrieval.md).
     """
 
     width: int = 256
