@@ -30,7 +30,7 @@ def listen(
     keep it to yourself. `diffgap listen --score answers/*.json --key page/` counts what they sent back.
 
     Args:
-        generated: Folder of `diffgap generate`.
+        generated: Folder of `diffgap generate-set`.
         output: New folder of the test; with --score, folder of report.md and report.json.
         method: "ab" compares two systems side by side, with a forced choice (ISO 5495). "mushra" rates all systems from
             0 to 100 beside a hidden reference and low-passed anchors (after ITU-R BS.1534-3).

@@ -31,7 +31,7 @@ def metrics(
     seed: int = 0,
     device: str = "cpu",
 ) -> None:
-    """Measure generated sounds: each system of `diffgap generate --data`, or a folder, against the real recordings.
+    """Measure generated sounds: each system of `diffgap generate-set`, or a folder, against the real recordings.
 
     Distances of the sets (Frechet, kernel) and of each sound from its own recording (mel distance in dB, cosine and
     recall of the recording by a backbone's features), with a classifier Inception score, KL divergence and agreement
@@ -40,7 +40,7 @@ def metrics(
     differences. Writes metrics.json and metrics.md.
 
     Args:
-        generated: Set of `diffgap generate --data`, or a folder of sounds.
+        generated: Set of `diffgap generate-set`, or a folder of sounds.
         backbone: Networks that listen: `mel` (spectra, no network), `offline`, `offline:aisfx`, `transformers:FOLDER`,
             `laion-clap:CHECKPOINT`, `panns:CHECKPOINT`, `vggish:CHECKPOINT`, or your own as `package.module:Name`.
         reference: Folder of the recordings, for a folder of sounds; what has the same name is a pair.
@@ -122,7 +122,7 @@ def _opened(
     if not (generated / "set.json").is_file():
         found = sounds(generated, "generated")
         if not found:
-            raise ValueError(f"{generated} holds no set of `diffgap generate --data` and no sounds")
+            raise ValueError(f"{generated} holds no set of `diffgap generate-set` and no sounds")
         return (), {"generated": found}, None if reference is None else sounds(reference, "reference"), {}
     if reference is not None:
         raise ValueError(f"{generated} is a set with recordings of its own; leave --reference out")
