@@ -314,7 +314,7 @@ def test_bad_folders(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert "does not exist" in capsys.readouterr().err
     (tmp_path / "empty").mkdir()
     assert run("metrics", tmp_path / "empty") == 2
-    assert "holds no set of `diffgap generate --data` and no sounds" in capsys.readouterr().err
+    assert "holds no set of `diffgap generate-set` and no sounds" in capsys.readouterr().err
     made = make_set(tmp_path / "set")
     items = (made / "items.jsonl").read_text().replace('"label": "low"', '"label": ""', 1)
     (made / "items.jsonl").write_text(items)
