@@ -67,6 +67,7 @@ def _by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         x.numel() * len(weight) >= _WORTHWHILE
         and _dispatch.prefers("linear", x)
         and weight.dtype == x.dtype
+        and weight.shape == (len(weight), x.shape[-1])
         and (bias is None or (bias.dtype == x.dtype and bias.shape == weight.shape[:1]))
         and not torch.compiler.is_compiling()
         and _dispatch.autocast_dtype(x) is None
@@ -123,7 +124,7 @@ def swiglu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         (..., hidden).
     """
     recorded = torch.is_grad_enabled() and any(t.requires_grad for t in (x, weight, bias))
-    if recorded or not _by_onednn(x, weight, bias):
+    if recorded or len(weight) % 2 or not _by_onednn(x, weight, bias):
         return silu_mul(linear(x, weight, bias))
     (gate_weight, up_weight), (gate_bias, up_bias) = weight.chunk(2), bias.contiguous().chunk(2)
     gate = _product(x, gate_weight, gate_bias, "swish")
