@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from diffgap.ops import _dispatch
 from diffgap.ops._attention_bias import plain_form
@@ -247,7 +246,7 @@ class _Attention(torch.autograd.Function):
         return output
 
     @staticmethod
-    @once_differentiable
+    @_dispatch.first_order
     def backward(ctx: Any, grad: Tensor) -> Any:
         *inputs, output, lse = ctx.saved_tensors
         grads = _attention_backward(grad, output, lse, *inputs, *ctx.options)

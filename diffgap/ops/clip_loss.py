@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from diffgap.ops import _dispatch
@@ -331,7 +330,7 @@ class _ClipLoss(torch.autograd.Function):
         return rows, columns
 
     @staticmethod
-    @once_differentiable
+    @_dispatch.first_order
     def backward(ctx: Any, grad_rows: Tensor, grad_columns: Tensor) -> tuple[Tensor | None, ...]:
         a, b, scale, ids_a, ids_b, weights_a, weights_b, rows_lse, columns_lse, logits = ctx.saved_tensors
         softmax_rows, target_rows = backward_factors(grad_rows, weights_a)

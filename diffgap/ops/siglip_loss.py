@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from diffgap.ops import _dispatch
@@ -183,7 +182,7 @@ class _SiglipLoss(torch.autograd.Function):
         return rows.sum()
 
     @staticmethod
-    @once_differentiable
+    @_dispatch.first_order
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         inputs, kept = ctx.saved_tensors[:6], ctx.saved_tensors[6:]
         if not ctx.summed:
