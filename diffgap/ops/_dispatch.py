@@ -7,6 +7,7 @@ that a native kernel only has to register itself for its device.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -201,6 +202,11 @@ def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
         return tuple(None if x is None else next(refusing) for x in results)
 
     return wrapper
+
+
+def is_finite(value: float) -> bool:
+    """As ``math.isfinite``, which ``torch.compile`` cannot trace once a number has changed between two calls."""
+    return -math.inf < value < math.inf
 
 
 def check_devices(op: str, *arguments: Any) -> None:
