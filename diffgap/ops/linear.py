@@ -65,9 +65,9 @@ def _by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     return (
         x.numel() * len(weight) >= _WORTHWHILE
         and _dispatch.prefers("linear", x)
-        and weight.dtype == x.dtype
+        and all(t is None or (t.dtype == x.dtype and t.device == x.device) for t in (weight, bias))
         and weight.shape == (len(weight), x.shape[-1])
-        and (bias is None or (bias.dtype == x.dtype and bias.shape == weight.shape[:1]))
+        and (bias is None or bias.shape == weight.shape[:1])
         and not torch.compiler.is_compiling()
         and _dispatch.autocast_dtype(x) is None
     )

@@ -396,6 +396,7 @@ def test_attention_on_meta_tensors() -> None:
         ),
         ({"key_mask": torch.ones(2, 5)}, TypeError, "attention: key_mask has dtype torch.float32"),
         ({"scale": float("nan")}, ValueError, "attention: scale is nan"),
+        ({"scale": torch.ones((), requires_grad=True)}, TypeError, "attention: scale is a number"),
     ],
 )
 def test_attention_bad_input(change: dict[str, object], error: type[Exception], message: str) -> None:

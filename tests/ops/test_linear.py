@@ -79,8 +79,13 @@ def test_any_bias(route: str, layout: str) -> None:
 
 
 def test_linear_refuses_what_torch_does(route: str) -> None:
-    x, weight, wrong = tensors((6, 8), (10, 8), (9,))
-    for inputs in ((x, weight, wrong), (x, weight[:, :7], None), (x, weight, wrong.double())):
+    x, weight, bias, wrong = tensors((6, 8), (10, 8), (10,), (9,))
+    for inputs in (
+        (x, weight, wrong),
+        (x, weight, bias.double()),
+        (x, weight, bias.to("meta")),
+        (x, weight[:, :7], None),
+    ):
         with pytest.raises(RuntimeError) as theirs:
             F.linear(*inputs)
         with pytest.raises(RuntimeError) as ours:
