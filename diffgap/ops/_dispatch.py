@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import wraps
 from importlib import import_module
@@ -150,6 +150,11 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
     return None
+
+
+def autocast_off(x: Tensor) -> AbstractContextManager[Any]:
+    """Inside, autocast rounds nothing on the device of ``x``, of whichever kind that is."""
+    return nullcontext() if autocast_dtype(x) is None else torch.autocast(x.device.type, enabled=False)
 
 
 def distinct(*tensors: Tensor | None) -> list[Tensor | None]:

@@ -12,7 +12,6 @@ per head, with m in {0, 1}: zero where key j is masked or, if causal, j > i. Wit
 from __future__ import annotations
 
 import math
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -111,8 +110,7 @@ def attention_reference(
     """The definition of :func:`attention` in plain torch; the weights are in the accumulation dtype."""
     dtype, accumulate = q.dtype, _accumulation_dtype(q)
     # Autocast would round the operands of the two products below to its dtype.
-    autocast_off = torch.autocast(q.device.type, enabled=False) if _dispatch.autocast_dtype(q) else nullcontext()
-    with autocast_off:
+    with _dispatch.autocast_off(q):
         q, k, v = (x.to(accumulate).transpose(1, 2) for x in (q, k, v))  # (B, H, N, d)
         if key_mask is not None:
             hidden_keys = ~key_mask[:, None, :, None]
