@@ -13,7 +13,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from diffgap.ops import _dispatch
 from diffgap.ops._contrastive import (
@@ -269,7 +268,7 @@ class _RingClipLoss(torch.autograd.Function):
         return (shares * torch.stack([rows[:, 2].sum(), columns[:, 2].sum()])).sum()  # a product would obey autocast
 
     @staticmethod
-    @once_differentiable
+    @_dispatch.first_order
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         a, b, scale, ids_a, ids_b, rows, columns, shares = ctx.saved_tensors
         ring, memory_budget = ctx.options
@@ -344,7 +343,7 @@ class _RingSiglipLoss(torch.autograd.Function):
         return share * losses.sum()
 
     @staticmethod
-    @once_differentiable
+    @_dispatch.first_order
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         arguments, grads = ctx.saved_tensors[:6], ctx.saved_tensors[6:]
         ring, _ = ctx.options

@@ -29,6 +29,7 @@ from diffgap.ring import Ring
 from diffgap.ring_loss import ring_clip_loss, ring_siglip_loss
 from tests.helpers import assert_close_to_oracle
 from tests.ops.contrastive_cases import LargestTensor
+from tests.ring_oracle import from_whole_batch
 
 WORLDS = [2, 4]
 WIDTH = 24
@@ -302,24 +303,10 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[Any, 
 
 def single_process(case: Case, world: int) -> tuple[list[Tensor], list[Tensor]]:
     """In float64, from the whole batch: each rank's loss, and the gradients of their sum weighted by the upstream."""
-    inputs = [x.double().requires_grad_() for x in case.batch(world)]
-    ids = case.all_ids(world)
-    rows = case.sizes(world)[0]
-    if case.loss == "siglip":
-        each = siglip_loss(*inputs, **ids, reduction="none", label_offset=0)
-        losses = [x.sum() * world / len(each) for x in each.split(rows)]
-    else:
-        a, b, scale = inputs
-        ids_a, ids_b = (torch.arange(len(a)) if x is None else x for x in ids.values())
-        means = []
-        sides = (a, b, ids_a, ids_b), (b, a, ids_b, ids_a)
-        for (x, y, ids_x, ids_y), rows in zip(sides, case.sizes(world), strict=True):
-            side = clip_loss(x, y, scale, ids_a=ids_x, ids_b=ids_y, one_sided=True, reduction="none")
-            count = torch.isin(ids_x, ids_y).sum().clamp(min=1)
-            means.append([part.sum() * world / count for part in side.split(rows)])
-        losses = [(rows + columns) / 2 for rows, columns in zip(*means, strict=True)]
-    weighted = sum((1 + case.upstream * rank) * loss for rank, loss in enumerate(losses))
-    return [x.detach() for x in losses], list(torch.autograd.grad(torch.as_tensor(weighted), inputs))
+    ids = tuple(x for x in case.all_ids(world).values() if x is not None)
+    inputs = [x.double() for x in case.batch(world)]
+    upstream = [1 + case.upstream * rank for rank in range(world)]
+    return from_whole_batch(case.loss, inputs, ids or None, case.sizes(world), upstream)  # type: ignore[arg-type]
 
 
 def assert_ranks_match(case: Case, found: list[list[Tensor]]) -> None:

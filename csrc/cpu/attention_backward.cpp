@@ -144,7 +144,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
     const std::optional<Tensor>& k_weight, const std::optional<Tensor>& key_mask, double scale, bool causal) {
   const Arguments arguments(q, k, v, q_weight, k_weight, key_mask, scale, causal);
   const Plan plan(arguments.problem);
-  STD_TORCH_CHECK(grad.scalar_type() == q.scalar_type(), "grad: expected the dtype of q");
+  STD_TORCH_CHECK(same_shape(grad, q) && grad.scalar_type() == q.scalar_type(),
+                  "grad: expected the shape and dtype of q");
   const Tensor dout = with_rows(grad);
   const Tensor dq = empty_of(q, sizes_of(q), q.scalar_type()), dk = empty_of(k, sizes_of(k), q.scalar_type());
   const Tensor dv = empty_of(v, sizes_of(v), q.scalar_type());

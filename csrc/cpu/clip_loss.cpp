@@ -260,6 +260,14 @@ struct BackwardEpilogue {
   }
 };
 
+// A contiguous float32 tensor (rows, columns), checked.
+Tensor matrix_of(const char* name, const Tensor& values, int64_t rows, int64_t columns) {
+  STD_TORCH_CHECK(values.scalar_type() == ScalarType::Float && values.dim() == 2 && values.size(0) == rows &&
+                      values.size(1) == columns,
+                  name, ": expected float32 of shape (", rows, ", ", columns, ")");
+  return dense(values);
+}
+
 std::tuple<Tensor, Tensor, Tensor> clip_loss_backward(
     const Tensor& a, const Tensor& b, const Tensor& logit_scale, const std::optional<Tensor>& ids_a,
     const std::optional<Tensor>& ids_b, const Tensor& rows_lse, const Tensor& columns_lse,
@@ -268,7 +276,7 @@ std::tuple<Tensor, Tensor, Tensor> clip_loss_backward(
     std::optional<int64_t> /* memory_budget */) {
   const int64_t n = a.size(0), m = b.size(0), columns = columns_lse.size(0);
   STD_TORCH_CHECK(columns == m || columns == 0, "columns_lse: expected ", m, " or no entries, got ", columns);
-  const Tensor lse_a = dense(rows_lse), lse_b = dense(columns_lse);
+  const Tensor lse_a = matrix_of("rows_lse", rows_lse, n, 2), lse_b = matrix_of("columns_lse", columns_lse, columns, 2);
   const Tensor soft_a = vector_of("softmax_rows", softmax_rows, n);
   const Tensor soft_b = vector_of("softmax_columns", softmax_columns, columns);
   const Tensor target_a = vector_of("target_rows", target_rows, n);
@@ -279,6 +287,7 @@ std::tuple<Tensor, Tensor, Tensor> clip_loss_backward(
   const float scale = scalar_of(logit_scale);
   // Logits do not tell the inner products where the scale is 0.
   const bool kept = logits.numel() > 0 && scale != 0.0f;
+  const Tensor s = kept ? matrix_of("logits", logits, n, m) : logits;
   const BackwardEpilogue epilogue{&positives,
                                   scale,
                                   kept ? 1.0f : scale,
@@ -290,7 +299,7 @@ std::tuple<Tensor, Tensor, Tensor> clip_loss_backward(
                                   data_of<float>(target_a),
                                   data_of<float>(target_b),
                                   scale_gradient.data()};
-  const float* stored = kept ? data_of<float>(logits) : nullptr;
+  const float* stored = kept ? data_of<float>(s) : nullptr;
   for_rows(a, b, [&](const auto& x, const auto& y) { gradients.accumulate(x, y, epilogue, stored); });
   return {gradients.a, gradients.b, sum_as_scalar(logit_scale, scale_gradient)};
 }

@@ -129,6 +129,8 @@ void visit_pairs(const Rows<T>& a, const Rows<T>& b, const Epilogue& epilogue, c
 // Calls `body` with two matrices of one dtype as rows of their element type.
 template <typename Function>
 void for_rows(const Tensor& a, const Tensor& b, const Function& body) {
+  STD_TORCH_CHECK(a.dim() == 2 && b.dim() == 2 && a.size(1) == b.size(1) && a.scalar_type() == b.scalar_type(),
+                  "expected two matrices of one width and dtype");
   const Tensor x = dense(a), y = dense(b);
   for_dtype(x.scalar_type(), [&](auto element) {
     using T = decltype(element);
@@ -171,6 +173,7 @@ class Positives {
   Positives(const std::optional<Tensor>& ids_a, const std::optional<Tensor>& ids_b, std::optional<int64_t> offset,
             int64_t rows, int64_t columns)
       : by_code_(ids_a.has_value()), diagonal_(!by_code_ && offset.has_value()), offset_(offset.value_or(0)) {
+    STD_TORCH_CHECK(ids_b.has_value() == by_code_, "expected both ids_a and ids_b, or neither");
     if (!by_code_) return;
     const Tensor own = index_of("ids_a", *ids_a, rows), other = index_of("ids_b", *ids_b, columns);
     const int64_t* a = data_of<int64_t>(own);

@@ -129,6 +129,8 @@ struct BackwardTiles {
 
 Tensor q_sample_backward(const Tensor& grad_x_t, const Tensor& grad_target, const Tensor& t,
                          const Tensor& table, int64_t target) {
+  STD_TORCH_CHECK(same_shape(grad_target, grad_x_t) && grad_target.scalar_type() == grad_x_t.scalar_type(),
+                  "grad_target: expected the shape and dtype of grad_x_t");
   const TileGrid grid{grad_x_t.size(0), elements_per_sample(grad_x_t)};
   const std::vector<NoisingRow> rows = noising_rows(t, table, grad_x_t, target);
   const Tensor from_x_t = dense(grad_x_t);

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
+
+from diffgap.ops._dispatch import is_finite
 
 Reduction = Literal["mean", "sum", "none"]
 
@@ -93,12 +94,12 @@ def scalar(op: str, name: str, value: float | Tensor, like: Tensor) -> Tensor:
                 f"got {value.dtype} of shape {tuple(value.shape)}"
             )
         readable = value.device.type == "cpu" and not torch.compiler.is_compiling()
-        if readable and not math.isfinite(value.item()):
+        if readable and not is_finite(value.item()):
             raise ValueError(f"{op}: {name} must be finite, got {value.item()}")
         return value.reshape(()).to(like.device, compute_dtype(like))
     if not isinstance(value, (int, float)):
         raise TypeError(f"{op}: {name} must be a number or a tensor of one element, got {type(value).__name__}")
-    if not math.isfinite(value):
+    if not is_finite(value):
         raise ValueError(f"{op}: {name} must be finite, got {value}")
     return torch.full((), float(value), dtype=compute_dtype(like), device=like.device)
 

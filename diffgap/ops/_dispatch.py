@@ -7,15 +7,18 @@ that a native kernel only has to register itself for its device.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import wraps
 from importlib import import_module
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 Backend = Literal["auto", "eager", "native"]
 Route = Literal["eager", "native"]
@@ -94,6 +97,8 @@ def _obstacle(op: str, device: str, dtype: torch.dtype) -> str | None:
         return native.missing
     if dtype not in native.dtypes:
         return f"its {native.provider} kernel does not take {dtype}"
+    if forward_ad._current_level >= 0:
+        return "kernels carry no tangents of forward-mode differentiation"
     return None
 
 
@@ -147,6 +152,11 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
     return None
 
 
+def autocast_off(x: Tensor) -> AbstractContextManager[Any]:
+    """Inside, autocast rounds nothing on the device of ``x``, of whichever kind that is."""
+    return nullcontext() if autocast_dtype(x) is None else torch.autocast(x.device.type, enabled=False)
+
+
 def distinct(*tensors: Tensor | None) -> list[Tensor | None]:
     """The tensors, with a view in place of each that occurs earlier in the list.
 
@@ -157,6 +167,51 @@ def distinct(*tensors: Tensor | None) -> list[Tensor | None]:
         repeated = tensor is not None and any(tensor is other for other in result)
         result.append(tensor.view_as(tensor) if tensor is not None and repeated else tensor)
     return result
+
+
+class _Refuse(torch.autograd.Function):
+    """The first ``count`` of the tensors, of which a derivative by any of the tensors is an error."""
+
+    @staticmethod
+    def forward(ctx: Any, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tensors[:count]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> None:
+        raise RuntimeError(
+            "diffgap: kernels, and losses across ranks, have no second derivative; under diffgap.backend('eager') "
+            "the ops have one"
+        )
+
+
+def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorate the ``backward`` of an ``autograd.Function`` that gives no second derivatives, so that they raise.
+
+    torch's ``once_differentiable`` lets a gradient pass for a constant where the one that comes in needs no gradient
+    itself, as a loss's own, or where ``torch.autograd.grad`` is told by what to differentiate: a penalty on the
+    gradient would silently do nothing.
+    """
+
+    @wraps(backward)
+    def wrapper(ctx: Any, *grads: Tensor | None) -> Any:
+        if torch.compiler.is_compiling():  # which has an error of its own
+            return backward(ctx, *grads)
+        with torch.no_grad():
+            results = backward(ctx, *grads)
+        if not torch.is_grad_enabled():
+            return results
+        results = results if isinstance(results, tuple) else (results,)
+        found = [x for x in results if x is not None]
+        causes = [x for x in (*grads, *ctx.saved_tensors) if x is not None]
+        refusing = iter(_Refuse.apply(len(found), *found, *causes))
+        return tuple(None if x is None else next(refusing) for x in results)
+
+    return wrapper
+
+
+def is_finite(value: float) -> bool:
+    """As ``math.isfinite``, which ``torch.compile`` cannot trace once a number has changed between two calls."""
+    return -math.inf < value < math.inf
 
 
 def check_devices(op: str, *arguments: Any) -> None:

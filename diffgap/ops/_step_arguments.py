@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from diffgap.ops._dispatch import is_finite
 from diffgap.ops.random import check_index, check_seed
 
 #: Columns of a solver table, in order.
@@ -108,7 +109,7 @@ def _check_options(
     x0_clamp: float | None,
     x0_norm: float | None,
 ) -> None:
-    if not math.isfinite(guidance_scale):
+    if not is_finite(guidance_scale):
         raise ValueError(f"guidance_scale: must be finite, got {guidance_scale}")
     if not 0.0 <= guidance_rescale <= 1.0:
         raise ValueError(f"guidance_rescale: must lie in [0, 1], got {guidance_rescale}")
@@ -117,7 +118,7 @@ def _check_options(
     if x0_clamp is not None and x0_norm is not None:
         raise ValueError("x0_norm: x0 can be clamped or put on a sphere, not both; drop x0_clamp or x0_norm")
     for name, value in (("x0_clamp", x0_clamp), ("x0_norm", x0_norm)):
-        if value is not None and not (math.isfinite(value) and value > 0.0):
+        if value is not None and not (is_finite(value) and value > 0.0):
             raise ValueError(f"{name}: must be positive and finite, got {value}")
     if x0_norm is not None and sample.dim() < 2:
         raise ValueError(f"x0_norm: needs a sample of two dimensions or more, got {tuple(sample.shape)}")

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from diffgap.ops import _dispatch
@@ -178,7 +177,7 @@ class _AdaLN(torch.autograd.Function):
         return y, h
 
     @staticmethod
-    @once_differentiable
+    @_dispatch.first_order
     def backward(ctx: Any, grad_y: Tensor | None, grad_h: Tensor | None) -> tuple[Tensor | None, ...]:
         x, branch, gate, scale = ctx.saved_tensors
         if grad_h is None:

@@ -12,12 +12,10 @@ per head, with m in {0, 1}: zero where key j is masked or, if causal, j > i. Wit
 from __future__ import annotations
 
 import math
-from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from diffgap.ops import _dispatch
 from diffgap.ops._attention_bias import plain_form
@@ -112,8 +110,7 @@ def attention_reference(
     """The definition of :func:`attention` in plain torch; the weights are in the accumulation dtype."""
     dtype, accumulate = q.dtype, _accumulation_dtype(q)
     # Autocast would round the operands of the two products below to its dtype.
-    autocast_off = torch.autocast(q.device.type, enabled=False) if _dispatch.autocast_dtype(q) else nullcontext()
-    with autocast_off:
+    with _dispatch.autocast_off(q):
         q, k, v = (x.to(accumulate).transpose(1, 2) for x in (q, k, v))  # (B, H, N, d)
         if key_mask is not None:
             hidden_keys = ~key_mask[:, None, :, None]
@@ -191,7 +188,9 @@ def _check(
     for name, other in others:
         if other is not None and other.device != q.device:
             raise ValueError(f"attention: {name} is on {other.device} but q on {q.device}; move one of them")
-    if scale is not None and not math.isfinite(scale):
+    if getattr(scale, "requires_grad", False):
+        raise TypeError("attention: scale is a number and gets no gradient; multiply q by a tensor that learns")
+    if scale is not None and not _dispatch.is_finite(scale):
         raise ValueError(f"attention: scale is {scale}; use a finite number")
 
 
@@ -247,7 +246,7 @@ class _Attention(torch.autograd.Function):
         return output
 
     @staticmethod
-    @once_differentiable
+    @_dispatch.first_order
     def backward(ctx: Any, grad: Tensor) -> Any:
         *inputs, output, lse = ctx.saved_tensors
         grads = _attention_backward(grad, output, lse, *inputs, *ctx.options)

@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from diffgap.ops import _dispatch
@@ -124,7 +123,7 @@ def clip_loss_reference(
     memory_budget: int | None,
 ) -> tuple[Tensor, Tensor]:
     """The definition: losses of the rows (N,) and of the columns (M,), or (0,) if ``one_sided``."""
-    with torch.autocast(a.device.type, enabled=False):
+    with _dispatch.autocast_off(a):
         scaled, b = logit_scale * a.to(compute_dtype(a)), b.to(compute_dtype(b))
         labels = torch.arange(a.shape[0], device=a.device) + label_offset
         a_targets, b_targets = (labels if ids is None else ids for ids in (ids_a, ids_b))
@@ -199,7 +198,7 @@ def _forward(
     ``label_offset=None`` without ids: nothing is positive, and all losses are 0. The weights are those of
     :func:`positive_weights`; kernels need them, the reference counts for itself.
     """
-    with torch.autocast(a.device.type, enabled=False):
+    with _dispatch.autocast_off(a):
         wide_a, wide_b = a.to(compute_dtype(a)), b.to(compute_dtype(b))
         rows_lse = wide_a.new_empty((a.shape[0], 2))
         columns_lse = _lse(wide_b.new_empty((0 if one_sided else b.shape[0], 0)))
@@ -261,7 +260,7 @@ def _backward(
         # Never above 1, though with infinite logits or on other hardware s may differ from the forward pass's.
         return (s - lse[..., 0] - lse[..., 1]).clamp(max=0).exp()
 
-    with torch.autocast(a.device.type, enabled=False):
+    with _dispatch.autocast_off(a):
         wide_a, wide_b = a.to(compute_dtype(a)), b.to(compute_dtype(b))
         grad_a, grad_b, grad_scale = torch.zeros_like(wide_a), torch.zeros_like(wide_b), wide_a.new_zeros(())
         for rows, similarity in _blocks(wide_a, wide_b, memory_budget):
@@ -331,7 +330,7 @@ class _ClipLoss(torch.autograd.Function):
         return rows, columns
 
     @staticmethod
-    @once_differentiable
+    @_dispatch.first_order
     def backward(ctx: Any, grad_rows: Tensor, grad_columns: Tensor) -> tuple[Tensor | None, ...]:
         a, b, scale, ids_a, ids_b, weights_a, weights_b, rows_lse, columns_lse, logits = ctx.saved_tensors
         softmax_rows, target_rows = backward_factors(grad_rows, weights_a)

@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from diffgap.ops import _dispatch
@@ -66,8 +65,9 @@ def _by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     return (
         x.numel() * len(weight) >= _WORTHWHILE
         and _dispatch.prefers("linear", x)
-        and weight.dtype == x.dtype
-        and (bias is None or (bias.dtype == x.dtype and bias.shape == weight.shape[:1]))
+        and all(t is None or (t.dtype == x.dtype and t.device == x.device) for t in (weight, bias))
+        and weight.shape == (len(weight), x.shape[-1])
+        and (bias is None or bias.shape == weight.shape[:1])
         and not torch.compiler.is_compiling()
         and _dispatch.autocast_dtype(x) is None
     )
@@ -80,7 +80,7 @@ class _Linear(torch.autograd.Function):
         return _product(x, weight, bias)
 
     @staticmethod
-    @once_differentiable
+    @_dispatch.first_order
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         need_x, need_weight, need_bias = ctx.needs_input_grad
@@ -123,7 +123,7 @@ def swiglu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         (..., hidden).
     """
     recorded = torch.is_grad_enabled() and any(t.requires_grad for t in (x, weight, bias))
-    if recorded or not _by_onednn(x, weight, bias):
+    if recorded or len(weight) % 2 or not _by_onednn(x, weight, bias):
         return silu_mul(linear(x, weight, bias))
     (gate_weight, up_weight), (gate_bias, up_bias) = weight.chunk(2), bias.contiguous().chunk(2)
     gate = _product(x, gate_weight, gate_bias, "swish")

@@ -120,7 +120,7 @@ class _QSample(torch.autograd.Function):
         return x_t, wanted, noise
 
     @staticmethod
-    @once_differentiable
+    @once_differentiable  # and not first_order: by x0 the gradient is indeed a constant
     def backward(ctx: Any, grad_x_t: Tensor, grad_target: Tensor, _grad_noise: Tensor) -> tuple[Tensor | None, ...]:
         t, table = ctx.saved_tensors
         return _backward(grad_x_t, grad_target, t, table, ctx.target), None, None, None, None, None

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from diffgap.ops import _dispatch
@@ -107,7 +106,7 @@ def siglip_loss_reference(
         positive = torch.eq(ids[:, None], ids_b)
         return -F.logsigmoid(torch.where(positive, logits, -logits)).sum(dim=1)
 
-    with torch.autocast(a.device.type, enabled=False):
+    with _dispatch.autocast_off(a):
         scaled, b = logit_scale * a.to(compute_dtype(a)), b.to(compute_dtype(b))
         return by_rows(block, scaled, ids_a, block_bytes(a, b.shape[0]), memory_budget)
 
@@ -136,7 +135,7 @@ def _backward(
 
     inputs = (a.to(grad_rows.dtype), b.to(grad_rows.dtype), logit_scale, logit_bias)
     # This runs inside the forward pass, where autocast would round the products of the gradients.
-    with torch.autocast(a.device.type, enabled=False):
+    with _dispatch.autocast_off(a):
         grads = _dispatch.vjp(losses, inputs, (grad_rows,))
     return rows[0].detach(), *grads
 
@@ -183,7 +182,7 @@ class _SiglipLoss(torch.autograd.Function):
         return rows.sum()
 
     @staticmethod
-    @once_differentiable
+    @_dispatch.first_order
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         inputs, kept = ctx.saved_tensors[:6], ctx.saved_tensors[6:]
         if not ctx.summed:

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from diffgap.ops import _dispatch
@@ -82,7 +81,7 @@ class _SiluMul(torch.autograd.Function):
         return result
 
     @staticmethod
-    @once_differentiable
+    @_dispatch.first_order
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         (pair,) = ctx.saved_tensors
         result: Tensor = _silu_mul_backward(grad, pair)

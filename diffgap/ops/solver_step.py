@@ -240,7 +240,7 @@ def solver_step(
         ValueError: A wrong shape, device or option; or, checked on the CPU, a ``step`` outside the table (on a GPU it
             makes the sample NaN) or a row that needs ``last_sample``, ``history`` or ``seed`` where none was given.
         RuntimeError: Backend "native" was asked for and there is no kernel for these inputs. Kernels have no
-            backward pass, so inputs that require gradients take the eager reference.
+            backward pass, so inputs that require gradients, the table among them, take the eager reference.
     """
     if len(history) > MAX_HISTORY:
         raise ValueError(f"history: at most {MAX_HISTORY} earlier predictions are used, got {len(history)}")
@@ -252,7 +252,9 @@ def solver_step(
     steps, row = (step, 0) if isinstance(step, Tensor) else (None, step)
     offset_form = guidance_form == "offset"
     terms = (sample, output, unconditional, last_sample, h1, h2, h3)
-    native = _dispatch.choose("solver_step", sample) == "native" and not _differentiates(terms)
+    # Of results too: what autograd has recorded for them would no longer be true.
+    learned = _differentiates((*terms, table, guidance_scale, *(() if out is None else out)))
+    native = _dispatch.choose("solver_step", sample) == "native" and not learned
     arguments: Any = (sample, output, table, steps, row, unconditional, guidance_scale, offset_form, guidance_rescale)
     arguments += (last_sample, h1, h2, h3, seed, x0_clamp, x0_norm)
     if native and not torch.compiler.is_compiling():
@@ -263,7 +265,7 @@ def solver_step(
     check_arguments(*arguments)
     if out is not None:
         check_out(out, *arguments)
-        if not native and _differentiates(terms):
+        if learned:
             raise ValueError("out: gradients are not recorded through it; use no_grad(), or leave it None")
     arguments = tuple(x.to(sample.dtype) if i in _TERMS and x is not None else x for i, x in enumerate(arguments))
     return _run(arguments, out, native=native)
@@ -283,9 +285,9 @@ def _run(arguments: tuple[Any, ...], out: Out | None, *, native: bool) -> StepOu
     return StepOutput(following, x0, cast(Tensor, corrected) if arguments[9] is not None else arguments[0])
 
 
-def _differentiates(terms: Sequence[Tensor | None]) -> bool:
+def _differentiates(arguments: Sequence[Any]) -> bool:
     """Whether gradients are wanted, which only the reference gives."""
-    learned = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in terms)
+    learned = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in arguments)
     if learned and _dispatch.selected() == "native":
         raise RuntimeError("solver_step: no native kernel has a backward pass; use no_grad() or backend 'auto'")
     return learned

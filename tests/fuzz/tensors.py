@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.nn import functional as F
 
 from diffgap.ops import backend
 from tests.helpers import assert_close_to_oracle, relative_l2
@@ -23,15 +24,19 @@ LAYOUTS = ("dense", "reversed", "every second", "offset", "repeated")
 
 
 def laid_out(x: Tensor, layout: str) -> Tensor:
-    """The values of ``x`` elsewhere in memory, between NaN that are not its own; ``repeated`` copies its first row."""
+    """The values of ``x`` elsewhere in memory, between NaN that are not its own; ``repeated`` copies its first row.
+
+    Between whole numbers lie the largest there are.
+    """
+    others = torch.nan if x.is_floating_point() else torch.iinfo(x.dtype).max
     if layout == "reversed":
         order = tuple(reversed(range(x.dim())))
         return x.permute(order).contiguous().permute(order)
     if layout == "every second" and x.dim():
-        wide = x.new_full((*x.shape[:-1], 2 * x.shape[-1]), torch.nan)[..., ::2]
+        wide = x.new_full((*x.shape[:-1], 2 * x.shape[-1]), others)[..., ::2]
         return wide.copy_(x)
     if layout == "offset":
-        return x.new_full((x.numel() + 3,), torch.nan)[3:].view(x.shape).copy_(x)
+        return x.new_full((x.numel() + 3,), others)[3:].view(x.shape).copy_(x)
     if layout == "repeated" and x.dim() and x.shape[0]:
         return x[:1].expand(x.shape)
     return x
@@ -52,7 +57,24 @@ def id_tensors(draw: st.DrawFn, rows: int) -> Tensor:
     few = draw(st.lists(st.sampled_from((0, 1, -1, 7, 2**63 - 1, -(2**63))), min_size=1, max_size=4))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
     ids = torch.tensor(few)[torch.randint(len(few), (rows,), generator=generator)]
-    return laid_out(ids, draw(st.sampled_from(("dense", "repeated"))))
+    return laid_out(ids, draw(st.sampled_from(LAYOUTS)))
+
+
+@st.composite
+def contrastive(
+    draw: st.DrawFn, dtype: torch.dtype, rows: int, columns: int, width: int, with_ids: bool | None = None
+) -> dict[str, Tensor]:
+    """Unit rows, as losses get them, and ids, or maybe none."""
+    a, b = (draw(tensors((count, width), torch.float64, 1.0)) for count in (rows, columns))
+    shared = min(rows, columns)
+    b = torch.cat([b[:shared] + a[:shared] / 8, b[shared:]])
+    given = {
+        name: laid_out(F.normalize(x, dim=1).to(dtype), draw(st.sampled_from(LAYOUTS)))
+        for name, x in (("a", a), ("b", b))
+    }
+    if draw(st.booleans()) if with_ids is None else with_ids:
+        given |= {"ids_a": draw(id_tensors(rows)), "ids_b": draw(id_tensors(columns))}
+    return given
 
 
 def _tuple(outputs: Any) -> tuple[Tensor, ...]:
@@ -86,11 +108,7 @@ def compare(
 ) -> None:
     """Assert the accuracy contract of outputs and gradients, and that the inputs are left as they were.
 
-    The oracle is the eager reference in float64. What is not finite must be the same in the reference of the inputs'
-    own dtype, which overflows where float64 does not. Random cases may be so ill-conditioned that float32 cannot keep
-    the contract. Then at most four times the error of the reference in float32 is allowed; and, as that may cancel to
-    nothing by chance, where the terms of a sum cancel to a hundredth or less, four rounding errors of a term.
-    ``terms`` is the size of the largest terms, and ``logit`` that of the exponents in them, by which their errors grow.
+    The oracle is the eager reference in float64. ``terms`` and ``logit`` are as in :func:`assert_equal_enough`.
     """
     options = options or {}
     learned = [name for name, x in tensors.items() if backward and isinstance(x, Tensor) and x.is_floating_point()]
@@ -105,18 +123,29 @@ def compare(
     for name, x in before.items():
         assert torch.equal(x.nan_to_num(), tensors[name].nan_to_num()), f"{name} was changed"
     for mine, plain, exact in zip(actual, eager, oracle, strict=True):
-        assert mine.dtype == plain.dtype and mine.shape == plain.shape
-        if not mine.is_floating_point():
-            assert torch.equal(mine, plain)
-            continue
-        finite = plain.isfinite() & exact.isfinite()
-        torch.testing.assert_close(mine[~finite], plain[~finite], equal_nan=True)
-        if mine.dtype == torch.float32 and relative_l2(mine[finite], exact[finite]) <= 4 * relative_l2(
-            plain[finite], exact[finite]
-        ):
-            continue
-        rounding = 4 * torch.finfo(torch.float32).eps * terms * max(logit, 1.0)
-        cancelled = bool(exact[finite].abs().le(terms / 100).all())
-        if cancelled and (mine.double() - exact)[finite].abs().le(rounding).all():
-            continue
-        assert_close_to_oracle(mine[finite], exact[finite], plain[finite])
+        assert_equal_enough(mine, plain, exact, terms, logit)
+
+
+def assert_equal_enough(mine: Tensor, plain: Tensor, exact: Tensor, terms: float = 0.0, logit: float = 1.0) -> None:
+    """Assert the accuracy contract of a random case.
+
+    What is not finite must be the same in ``plain``, the reference in the inputs' own dtype, which overflows where
+    float64 (``exact``) does not. Random cases may be so ill-conditioned that float32 cannot keep the contract. Then at
+    most four times the error of the reference in float32 is allowed; and, as that may cancel to nothing by chance,
+    where the terms of a sum cancel to a hundredth or less, four rounding errors of a term. ``terms`` is the size of the
+    largest terms, and ``logit`` that of the exponents in them, by which their errors grow.
+    """
+    assert mine.dtype == plain.dtype and mine.shape == plain.shape
+    if not mine.is_floating_point():
+        assert torch.equal(mine, plain)
+        return
+    finite = plain.isfinite() & exact.isfinite()
+    torch.testing.assert_close(mine[~finite], plain[~finite], equal_nan=True)
+    mine, plain, exact = mine[finite], plain[finite], exact[finite]
+    if mine.dtype == torch.float32 and relative_l2(mine, exact) <= 4 * relative_l2(plain, exact):
+        return
+    rounding = 4 * torch.finfo(torch.float32).eps * terms * max(logit, 1.0)
+    cancelled = bool(exact.abs().le(terms / 100).all())
+    if cancelled and (mine.double() - exact).abs().le(rounding).all():
+        return
+    assert_close_to_oracle(mine, exact, plain)

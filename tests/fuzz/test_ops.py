@@ -6,14 +6,13 @@ from typing import Any
 
 import torch
 from hypothesis import strategies as st
-from torch.nn import functional as F
 
 from diffgap import ops
 from diffgap.losses import ClipLoss, SigLipLoss
 from diffgap.ops.q_sample import TARGETS
 from diffgap.ops.solver_step import COLUMNS
 from tests.fuzz.budget import fuzzed
-from tests.fuzz.tensors import DTYPES, MAGNITUDES, SIZES, WIDTHS, compare, id_tensors, tensors
+from tests.fuzz.tensors import DTYPES, MAGNITUDES, SIZES, WIDTHS, compare, contrastive, id_tensors, tensors
 
 DATA = st.data()
 SEEDS = st.sampled_from((0, 1, -1, 2**63 - 1, -(2**63), 6364136223846793005))
@@ -50,17 +49,6 @@ def test_attention(data: Any, dtype: torch.dtype, batch: int, queries: int, keys
     compare(ops.attention, given, options, terms=4.0)
 
 
-def contrastive(data: Any, dtype: torch.dtype, rows: int, columns: int, width: int) -> dict[str, Any]:
-    """Unit rows, as losses get them, and ids."""
-    a, b = (data.draw(tensors((count, width), torch.float64, 1.0)) for count in (rows, columns))
-    shared = min(rows, columns)
-    b = torch.cat([b[:shared] + a[:shared] / 8, b[shared:]])
-    given: dict[str, Any] = {"a": F.normalize(a, dim=1).to(dtype), "b": F.normalize(b, dim=1).to(dtype)}
-    if data.draw(st.booleans()):
-        given |= {"ids_a": data.draw(id_tensors(rows)), "ids_b": data.draw(id_tensors(columns))}
-    return given
-
-
 def sizes(rows: int, logit: float, reduction: str) -> dict[str, float]:
     """What a loss sums: for the gradient of the scale a term of 1 a row, for a row's own terms as large as a logit."""
     return {"terms": (rows + logit) / (max(rows, 1) if reduction == "mean" else 1), "logit": logit}
@@ -82,7 +70,7 @@ LOSS = {
 def test_clip_loss(
     data: Any, dtype: torch.dtype, rows: int, more: int, width: int, logit_scale: float, one_sided: bool, **options: Any
 ) -> None:
-    given = contrastive(data, dtype, rows, rows + more, width)
+    given = data.draw(contrastive(dtype, rows, rows + more, width))
     options["one_sided"] = one_sided or (more > 0 and ("ids_a" not in given or options["reduction"] == "none"))
     if options["one_sided"] and "ids_a" not in given:
         options["label_offset"] = data.draw(st.integers(0, more))
@@ -105,7 +93,7 @@ def test_siglip_loss(
     logit_bias: float,
     **options: Any,
 ) -> None:
-    given = contrastive(data, dtype, rows, rows + more, width)
+    given = data.draw(contrastive(dtype, rows, rows + more, width))
     if "ids_a" not in given:
         options["label_offset"] = data.draw(st.one_of(st.none(), st.integers(0, more)))
     scalars = {"logit_scale": torch.tensor(logit_scale), "logit_bias": torch.tensor(logit_bias)}
@@ -121,7 +109,7 @@ def test_siglip_loss(
 def test_losses_of_open_clips_form(
     data: Any, dtypes: tuple[torch.dtype, torch.dtype], rows: int, width: int, chunk_size: int
 ) -> None:
-    pair = contrastive(data, torch.float32, rows, rows, max(width, 2))
+    pair = data.draw(contrastive(torch.float32, rows, rows, max(width, 2)))
     given = {
         "image_features": pair["a"].to(dtypes[0]),
         "text_features": pair["b"].to(dtypes[1]),

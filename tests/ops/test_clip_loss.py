@@ -430,3 +430,10 @@ def test_clip_loss_refuses(error: type[Exception], message: str, arguments: Any,
     with pytest.raises(error, match=f"^clip_loss: .*{message}") as caught:
         clip_loss(*arguments, **options)
     assert "\n" not in str(caught.value)
+
+
+def test_clip_loss_on_meta_tensors() -> None:
+    x = torch.empty(3, 8, device="meta", requires_grad=True)
+    loss = clip_loss(x, x, 10.0)
+    loss.backward()
+    assert loss.is_meta and loss.shape == () and x.grad is not None and x.grad.shape == x.shape

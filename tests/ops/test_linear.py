@@ -78,6 +78,27 @@ def test_any_bias(route: str, layout: str) -> None:
         assert_close_to_oracle(swiglu(x, weight, bias), F.silu(gate) * up)
 
 
+def test_linear_refuses_what_torch_does(route: str) -> None:
+    x, weight, bias, wrong = tensors((6, 8), (10, 8), (10,), (9,))
+    for inputs in (
+        (x, weight, wrong),
+        (x, weight, bias.double()),
+        (x, weight, bias.to("meta")),
+        (x, weight[:, :7], None),
+    ):
+        with pytest.raises(RuntimeError) as theirs:
+            F.linear(*inputs)
+        with pytest.raises(RuntimeError) as ours:
+            linear(*inputs)
+        assert str(ours.value) == str(theirs.value)
+
+
+def test_swiglu_refuses_rows_that_are_no_two_halves(route: str) -> None:
+    x, weight, bias = tensors((6, 8), (9, 8), (9,))
+    with pytest.raises(ValueError, match="the gate's half first"):
+        swiglu(x, weight, bias)
+
+
 @pytest.mark.parametrize("rows", [0, 1, 7, 63, 100, 1000])
 @pytest.mark.parametrize(("outputs", "inputs"), [(1, 1), (9, 1), (1, 40), (63, 100), (300, 130), (0, 5), (5, 0)])
 @pytest.mark.parametrize("strided", [False, True])

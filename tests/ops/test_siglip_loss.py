@@ -369,3 +369,10 @@ def test_siglip_loss_refuses(error: type[Exception], message: str, arguments: An
     with pytest.raises(error, match=f"^siglip_loss: .*{message}") as caught:
         siglip_loss(*arguments, **options)
     assert "\n" not in str(caught.value)
+
+
+def test_siglip_loss_on_meta_tensors() -> None:
+    x = torch.empty(3, 8, device="meta", requires_grad=True)
+    loss = siglip_loss(x, x, 10.0, -10.0)
+    loss.backward()
+    assert loss.is_meta and loss.shape == () and x.grad is not None and x.grad.shape == x.shape

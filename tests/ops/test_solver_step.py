@@ -291,10 +291,13 @@ def test_solver_step_gradient(options: dict[str, Any]) -> None:
     assert torch.autograd.gradcheck(function, leaves)
 
 
-def test_solver_step_with_gradients_takes_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("learned", ["output", "table", "guidance_scale"])
+def test_solver_step_with_gradients_takes_the_reference(monkeypatch: pytest.MonkeyPatch, learned: str) -> None:
     monkeypatch.setattr(_dispatch, "choose", lambda *_: "native")
     arguments = case((2, 5))
-    arguments["output"].requires_grad_()
+    arguments[learned] = torch.as_tensor(arguments[learned]).requires_grad_()
+    (gradient,) = torch.autograd.grad(solver_step(**arguments).sample.sum(), arguments[learned])
+    assert gradient.abs().max() > 0.0
     assert solver_step(**arguments).sample.requires_grad
     with _dispatch.backend("native"), pytest.raises(RuntimeError, match="no_grad"):
         solver_step(**arguments)

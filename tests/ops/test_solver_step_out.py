@@ -261,6 +261,13 @@ def test_out_records_no_gradient(route: str) -> None:
         check(case((3, 4)), ("sample", "h3", "last_sample"))
 
 
+@pytest.mark.parametrize("leaf", [False, True])
+def test_out_takes_no_tensor_that_gradients_are_recorded_for(route: str, leaf: bool) -> None:
+    """What is recorded is how its old values came to be."""
+    place = torch.zeros(3, 4, requires_grad=True)
+    untouched(case((3, 4)), (place if leaf else 2 * place, None, None), ValueError, "out")
+
+
 def test_autograd_notices_what_is_overwritten(route: str) -> None:
     """A gradient that needs the old values fails, instead of taking the new ones for them."""
     arguments = case((3, 4))
