@@ -1,9 +1,9 @@
 """Pages of the documentation that are made from files outside docs/ (an MkDocs hook, see mkdocs.yml).
 
-README.md is the first page, CONTRIBUTING.md and CHANGELOG.md two others; every document in benchmarks/results is a page, with its
-picture, and a table of them all is made from the JSON beside them; every package of diffgap has a page of its
-docstrings. Links between these files become links between pages; formulas become MathML, which browsers draw
-by themselves.
+README.md is the first page, CONTRIBUTING.md and CHANGELOG.md are two others; every document in benchmarks/results is
+a page, with its picture, and a table of them all is made from the JSON beside them; every package of diffgap has a page
+of its docstrings. Links between these files become links between pages; formulas become MathML, which browsers draw by
+themselves.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ PAGES = {
 _SOURCES = {page: source for source, page in PAGES.items()}
 _LINK = re.compile(r"(?<=\]\()(?!\w+:|#)([^)\s#]+)(#[^)\s]*)?(?=\))")
 _FORMULA = re.compile(r'(<(span|div) class="arithmatex">)\\[(\[](.*?)\\[)\]](</\2>)', re.DOTALL)
+_FUNCTION = re.compile(r"<m([io])>([A-Za-z]{2,})</m\1>(?=((?:<mrow>)?<mo[^>]*>&#x00028;)?)")
 _OVERVIEW = """# Benchmarks
 
 Every table and picture here is made from the files in `benchmarks/results`. A peer's figure is its time divided by
@@ -98,10 +99,16 @@ def on_page_content(content: str, **_: Any) -> str:
 def mathml(tex: str, *, display: bool) -> str:
     """A formula of LaTeX as MathML; one that cannot be read is a warning, which fails the build."""
     try:
-        return convert(html.unescape(tex).strip(), display="block" if display else "inline")
+        formula: str = convert(html.unescape(tex).strip(), display="block" if display else "inline")
     except Exception as error:
         _log.warning("formula %r: %s", tex, error)
         return f"<code>{tex}</code>"
+    return _FUNCTION.sub(_spaced, formula)
+
+
+def _spaced(function: re.Match[str]) -> str:
+    """A function's name apart from its neighbours, as TeX sets ``\\ln u``, but not from a bracket that follows."""
+    return f'<mo lspace="0.17em" rspace="{"0" if function[3] else "0.17em"}">{function[2]}</mo>'
 
 
 def relink(target: str, page: str) -> str:

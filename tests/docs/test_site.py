@@ -62,6 +62,14 @@ def test_formulas_become_mathml(caplog: pytest.LogCaptureFixture) -> None:
     assert caplog.records[0].levelname == "WARNING"
 
 
+def test_names_of_functions_stand_apart() -> None:
+    def rspace(tex: str) -> str:
+        return docs_site.mathml(tex, display=False).partition('rspace="')[2].partition('"')[0]
+
+    assert rspace(r"2 \ln u") == rspace(r"\operatorname{lse}_i x") == "0.17em"
+    assert rspace(r"\ln(u)") == rspace(r"\log \left( u \right)") == "0"
+
+
 def test_docstrings_become_markdown() -> None:
     text = "Cost of :func:`~a.b` in :math:`O(n)`:\n\n.. math::\n    a = b,\n    c\n\nAs scores[x][y], [x][y] -> z.\n"
     expected = "Cost of `a.b` in $O(n)$:\n\n$$\na = b, c\n$$\n\nAs scores[x][y], `[x][y]` -> z."
