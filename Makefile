@@ -69,7 +69,7 @@ sanitize-full: install
 	$(BIN)/python scripts/sanitize.py address --isa widest avx512 avx2 baseline
 	$(BIN)/python scripts/sanitize.py thread
 
-# New cases of every op, loss and reader for this many seconds; the tests hold a fixed few.
+# New cases of every op, loss and reader for this many seconds; the tests hold a fixed few. DIFFGAP_FUZZ_SEED repeats them.
 SECONDS_OF_FUZZING ?= 600
 
 fuzz: install

@@ -7,16 +7,17 @@
 
 namespace diffgap {
 
-// x * 2**n, given 1.5 * 2**23 + n.
+// x * 2**n, given 1.5 * 2**23 + n. Unsigned, because the bits of NaN overflow.
 DIFFGAP_HD float scale_by_power(float x, float shifted) {
-  return bits_to_float(float_to_bits(x) + (float_to_bits(shifted) << 23));
+  const uint32_t power = static_cast<uint32_t>(float_to_bits(shifted)) << 23;
+  return bits_to_float(static_cast<int32_t>(static_cast<uint32_t>(float_to_bits(x)) + power));
 }
 
 #if !defined(__CUDACC__)
 // The same for vectors of floats.
 template <typename Vector>
 DIFFGAP_HD Vector scale_by_power(Vector x, Vector shifted) {
-  typedef int32_t Bits __attribute__((vector_size(sizeof(Vector))));
+  typedef uint32_t Bits __attribute__((vector_size(sizeof(Vector))));
   return reinterpret_cast<Vector>(reinterpret_cast<Bits>(x) + (reinterpret_cast<Bits>(shifted) << 23));
 }
 #endif

@@ -126,10 +126,12 @@ DIFFGAP_HD Pair<Float> minus_two_log(Float x) {
 template <typename Float>
 DIFFGAP_HD Pair<Float> square_root(Pair<Float> x) {
   using Lanes = Lanewise<Float>;
+  using Unsigned = typename Lanes::Unsigned;
   const Float root = Lanes::square_root(x.high);
   const Float residual = fused_multiply_add(-root, root, x.high) + x.low;
-  // 1 / sqrt(x) to 0.2 %, enough for a correction of one rounding error.
-  Float inverse = Lanes::of_bits(0x5F3759DF - (Lanes::to_bits(x.high) >> 1));
+  // 1 / sqrt(x) to 0.2 %, enough for a correction of one rounding error; for -0 any number.
+  const Unsigned guess = 0x5F3759DFu - (Unsigned)(Lanes::to_bits(x.high) >> 1);
+  Float inverse = Lanes::of_bits((typename Lanes::Int)guess);
   inverse *= fused(-0.5f * x.high, inverse * inverse, 1.5f);
   return {root, 0.5f * inverse * residual};
 }

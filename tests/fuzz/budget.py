@@ -3,13 +3,14 @@
     DIFFGAP_FUZZ_SECONDS=600 python -m pytest tests/fuzz
 
 shares the seconds among the tests that were collected, draws new cases until they are over and prints their number.
+With ``DIFFGAP_FUZZ_SEED`` the cases are the same in every run, as far as the time allows.
 """
 
 from __future__ import annotations
 
 import inspect
 import os
-import secrets
+import random
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -20,6 +21,9 @@ from hypothesis import HealthCheck, given, settings
 
 #: Seconds for all tests together, or 0 for the fixed cases.
 SECONDS = float(os.environ.get("DIFFGAP_FUZZ_SECONDS", "0"))
+
+#: Where the new cases start; None is anywhere.
+SEED = os.environ.get("DIFFGAP_FUZZ_SEED")
 
 #: Cases run, by test.
 cases: Counter[str] = Counter()
@@ -53,9 +57,10 @@ def fuzzed(examples: int, **strategies: Any) -> Callable[[Callable[..., None]], 
             if not SECONDS:
                 draw(max_examples=examples, derandomize=True)()
                 return
+            seeds = random.Random(None if SEED is None else f"{SEED} {test.__name__}")
             end = time.monotonic() + share
             while time.monotonic() < end:  # again and again, because hypothesis knows no limit of time
-                hypothesis.seed(secrets.randbits(64))(draw(max_examples=examples, print_blob=True))()
+                hypothesis.seed(seeds.getrandbits(64))(draw(max_examples=examples, print_blob=True))()
 
         run.__name__, run.__doc__ = test.__name__, test.__doc__
         run.__signature__ = inspect.Signature(fixtures)  # type: ignore[attr-defined]
