@@ -24,6 +24,7 @@ def read_index(path: Path) -> pa.Table:
     """Reads ``index.parquet`` and checks its format version."""
     try:
         table = pq.read_table(path)
+        table.validate(full=True)  # of strings, which would fail at their first use
     except (pa.ArrowException, OSError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"{path}: not a readable parquet file ({reason}); write the store again") from error

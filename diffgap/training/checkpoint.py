@@ -121,4 +121,7 @@ def _unflatten(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) 
         if not 0 <= int(index) < len(parameters) or (value.dim() and value.shape != parameters[int(index)].shape):
             raise ValueError(f"optimizer.safetensors has {key} of shape {tuple(value.shape)}")
         state.setdefault(int(index), {})[name] = value
+    names = {frozenset(entry) for entry in state.values()}
+    if len(names) > 1:
+        raise ValueError(f"optimizer.safetensors has {' or '.join(', '.join(sorted(x)) for x in names)} of a parameter")
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

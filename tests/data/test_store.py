@@ -282,6 +282,17 @@ def test_open_checks_the_index(folder: Path, change: Any, message: str) -> None:
     assert "\n" not in str(caught.value) and "index.parquet" in str(caught.value)
 
 
+def test_open_refuses_strings_that_are_not_utf8(folder: Path) -> None:
+    def spoil(table: pa.Table) -> pa.Table:
+        offsets = np.arange(len(table) + 1, dtype=np.int32)
+        strings = pa.StringArray.from_buffers(len(table), pa.py_buffer(offsets), pa.py_buffer(b"\xff" * len(table)))
+        return table.set_column(table.column_names.index("group"), "group", strings)
+
+    alter_index(folder, spoil)
+    with pytest.raises(ValueError, match=r"index\.parquet: not a readable parquet file .*UTF8"):
+        EmbeddingStore.open(folder)
+
+
 @pytest.mark.parametrize("cut", [0, 4, 40, -1])
 @pytest.mark.parametrize("name", ["audio.safetensors", "index.parquet"])
 def test_open_truncated_file(folder: Path, name: str, cut: int) -> None:

@@ -319,6 +319,17 @@ def test_a_damaged_checkpoint_is_named_and_can_be_deleted(tmp_path: Path) -> Non
     assert tree(tmp_path / "run") == before
 
 
+def test_a_checkpoint_with_a_damaged_name_is_refused_before_the_next_step(tmp_path: Path) -> None:
+    config = make_config("memory", steps=2)
+    train(config, tmp_path / "run")
+    file = tmp_path / "run" / "checkpoints" / "step-00000002" / "optimizer.safetensors"
+    content = file.read_bytes()
+    assert b'"3.exp_avg_sq"' in content
+    file.write_bytes(content.replace(b'"3.exp_avg_sq"', b'"3.exp_avg_su"'))
+    with pytest.raises(ValueError, match=r"optimizer.safetensors has .*exp_avg_su.* of a parameter"):
+        train(config, tmp_path / "run")
+
+
 def test_a_lost_model_is_one_clear_error(tmp_path: Path) -> None:
     config = make_config("memory", steps=2)
     train(config, tmp_path / "run")
