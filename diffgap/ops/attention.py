@@ -188,7 +188,7 @@ def _check(
     for name, other in others:
         if other is not None and other.device != q.device:
             raise ValueError(f"attention: {name} is on {other.device} but q on {q.device}; move one of them")
-    if getattr(scale, "requires_grad", False):
+    if isinstance(scale, Tensor) and scale.requires_grad:
         raise TypeError("attention: scale is a number and gets no gradient; multiply q by a tensor that learns")
     if scale is not None and not _dispatch.is_finite(scale):
         raise ValueError(f"attention: scale is {scale}; use a finite number")

@@ -46,7 +46,7 @@ def test_attention(data: Any, dtype: torch.dtype, batch: int, queries: int, keys
         options["key_mask"] = torch.rand(batch, keys, generator=generator) < data.draw(st.sampled_from((0.0, 0.5, 1.0)))
         hidden = ~options["key_mask"][:, :, None, None]
         given |= {name: given[name].masked_fill(hidden, torch.nan) for name in ("k", "v")}
-    compare(ops.attention, given, options, terms=4.0)
+    compare(ops.attention, given, options, terms=8.0)  # gradients of outputs are up to 2, inputs some 2 to 4
 
 
 def sizes(rows: int, logit: float, reduction: str) -> dict[str, float]:
