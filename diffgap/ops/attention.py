@@ -155,7 +155,7 @@ def _check(
     q_weight: Tensor | None,
     k_weight: Tensor | None,
     key_mask: Tensor | None,
-    scale: float | None,
+    scale: Any,
 ) -> None:
     """Raise one clear error for inputs :func:`attention` cannot take."""
     if q.dtype not in _DTYPES:
