@@ -198,18 +198,21 @@ struct BackwardEpilogue {
 
   // Turns inner products, or logits, into scale * G; what is beyond at.rows and at.columns does not matter.
   DIFFGAP_HD void tile(const Place& at, float* __restrict values) const {
-    alignas(64) float g[kLeft * kColumns];
+    alignas(64) float logits[kLeft * kColumns], g[kLeft * kColumns];
+    // Rounded, as the forward pass summed them: subtracted from the largest in one fused operation, the exact products
+    // would give softmaxes that do not sum to 1, by as much as the rounding of a logit.
+    for (int i = 0; i < at.rows * kColumns; ++i) logits[i] = to_logit * values[i];
     for (int i = 0; i < at.rows; ++i) {
-      const float* __restrict row = values + i * kColumns;
+      const float* __restrict row = logits + i * kColumns;
       float* __restrict out = g + i * kColumns;
       const float largest = rows_lse[2 * (at.row + i)], rest = rows_lse[2 * (at.row + i) + 1];
       const float factor = softmax_rows[at.row + i];
-      for (int j = 0; j < kColumns; ++j) out[j] = factor * softmax(to_logit * row[j], largest, rest);
+      for (int j = 0; j < kColumns; ++j) out[j] = factor * softmax(row[j], largest, rest);
     }
-    if (columns_lse) add_columns(at, values, g);
+    if (columns_lse) add_columns(at, logits, g);
     positives->visit(at, [&](int i, int j) __attribute__((always_inline)) {
       const int64_t row = at.row + i, column = at.column + j;
-      const float logit = to_logit * values[i * kColumns + j];
+      const float logit = logits[i * kColumns + j];
       float& entry = g[i * kColumns + j];
       entry = positive(logit, rows_lse + 2 * row, softmax_rows[row], target_rows[row]);
       if (!columns_lse) return;
@@ -244,7 +247,7 @@ struct BackwardEpilogue {
     return x > -0.6931472f ? factor * std::expm1(x) + (factor - target) : factor * exp_nonpositive(x) - target;
   }
 
-  DIFFGAP_HD void add_columns(const Place& at, const float* __restrict values, float* __restrict g) const {
+  DIFFGAP_HD void add_columns(const Place& at, const float* __restrict logits, float* __restrict g) const {
     alignas(64) float largest[kColumns] = {}, rest[kColumns] = {}, factor[kColumns] = {};
     for (int j = 0; j < at.columns; ++j) {
       largest[j] = columns_lse[2 * (at.column + j)];
@@ -253,8 +256,7 @@ struct BackwardEpilogue {
     }
     for (int i = 0; i < at.rows; ++i) {
       for (int j = 0; j < kColumns; ++j) {
-        const float logit = to_logit * values[i * kColumns + j];
-        g[i * kColumns + j] += factor[j] * softmax(logit, largest[j], rest[j]);
+        g[i * kColumns + j] += factor[j] * softmax(logits[i * kColumns + j], largest[j], rest[j]);
       }
     }
   }

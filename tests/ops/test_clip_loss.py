@@ -227,6 +227,17 @@ def test_clip_loss_of_a_collapsed_model_is_log_n(dtype: torch.dtype) -> None:
     assert clip_loss(a, a, 100.0).item() == pytest.approx(math.log(50), rel=1e-5)
 
 
+@pytest.mark.parametrize("budget", [None, 1])
+@pytest.mark.parametrize("similarity", [0.6, 0.9, 0.99])
+def test_clip_loss_has_softmaxes_that_sum_to_one(similarity: float, budget: int | None) -> None:
+    # Elsewhere the rows' common part, of which embeddings have much, would leave a gradient.
+    a = torch.tensor([[similarity, 0.0]], requires_grad=True)
+    b = torch.tensor([[1.0, 0.0]]).repeat(7, 1)
+    clip_loss(a, b, torch.tensor(100.0), one_sided=True, memory_budget=budget).backward()
+    assert a.grad is not None
+    assert a.grad.abs().max() <= 100 * 4 * torch.finfo(torch.float32).eps
+
+
 def test_clip_loss_shows_nan() -> None:
     a, b = pairs(4, 4, 8)
     with torch.no_grad():
