@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -13,7 +13,7 @@ from torch import Tensor
 from diffgap.ops import backend
 from tests.fuzz.budget import fuzzed
 from tests.fuzz.ring_ranks import RANKS, Ranks
-from tests.fuzz.tensors import DTYPES, LAYOUTS, assert_equal_enough, contrastive, laid_out
+from tests.fuzz.tensors import DTYPES, FLOAT32_CHANGES, LAYOUTS, assert_equal_enough, contrastive, laid_out, widened
 from tests.ring_oracle import from_whole_batch
 
 ROWS = st.one_of(st.integers(0, 5), st.sampled_from((15, 16, 17, 33)))
@@ -72,15 +72,21 @@ def test_ring_losses(
         ]
     )
     with backend("eager"):
-        plain_losses, plain = from_whole_batch(loss, inputs, ids, (rows_a, rows_b), upstream)
-        wide = [x.double() for x in inputs]
-        exact_losses, exact = from_whole_batch(loss, wide, ids, (rows_a, rows_b), upstream)
-    # A rank's loss, and the gradient of a row for a scale, are sums of at most this size.
-    size = {"terms": 2.0 * world * (1.0 + logit_scale), "logit": logit_scale + 10.0}
-    for index in (0, -1):
-        assert_equal_enough(
-            torch.stack([x[index] for x in found]), *map(torch.stack, (plain_losses, exact_losses)), **size
+        plain, exact, *float32 = (
+            _flat(from_whole_batch(loss, list(map(change, inputs)), ids, (rows_a, rows_b), upstream))
+            for change in (Tensor.detach, widened, *FLOAT32_CHANGES)
         )
-    for index, (x, y) in enumerate(zip(plain, exact, strict=True)):
-        parts = [answer[1 + index] for answer in found]
-        assert_equal_enough(torch.cat(parts) if y.ndim else torch.stack(parts).sum(), x, y, **size)
+    terms = 2.0 * world  # the gradient of a scale for a row is at most this
+    for index in (0, -1):
+        mine = torch.stack([x[index] for x in found])
+        assert_equal_enough(mine, plain[0], exact[0], [x[0] for x in float32], terms)
+    for index, y in enumerate(exact[1:], 1):
+        parts = [answer[index] for answer in found]
+        mine = torch.cat(parts) if y.ndim else torch.stack(parts).sum()
+        assert_equal_enough(mine, plain[index], y, [x[index] for x in float32], terms)
+
+
+def _flat(results: tuple[Sequence[Tensor], Sequence[Tensor]]) -> list[Tensor]:
+    """The losses of all ranks in one tensor, and then the gradients."""
+    losses, gradients = results
+    return [torch.stack(list(losses)), *gradients]
