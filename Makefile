@@ -3,9 +3,11 @@
 #   make test    environment, install, and the tests
 PYTHON ?= python3
 VENV   ?= .venv
-EXTRAS ?= dev
 STEPS  ?=
 MEDIA  ?= .media
+
+# Without EXTRAS, those of the environment that is there; in a new one, dev.
+EXTRAS ?= $(patsubst $(VENV)/.installed-%,%,$(firstword $(wildcard $(VENV)/.installed-*) dev))
 
 BIN       := $(VENV)/bin
 INSTALLED := $(VENV)/.installed-$(EXTRAS)
@@ -20,6 +22,7 @@ $(INSTALLED): pyproject.toml setup.py $(wildcard csrc/*/*)
 	$(BIN)/pip install --quiet --upgrade "pip<27" "setuptools>=77" wheel ninja
 	$(BIN)/pip install --quiet "torch>=2.10" numpy
 	$(BIN)/pip install --quiet --no-build-isolation --editable ".[$(EXTRAS)]"
+	rm -f $(VENV)/.installed-*
 	touch $@
 
 # Packages whose own requirements would put numpy back below 2, or add much that is not used; their tests skip without.
