@@ -219,6 +219,11 @@ def _gradient_kernel(
         o_x, o_y = tl.minimum(o_m, N - 1), tl.minimum(o_n, M - 1)
         b_similarity = tile_product(p_a, p_b, o_x, o_y, D, BLOCK_M, BLOCK_N, BLOCK_D, PRECISION, WIDEN)
         b_s = scale * b_similarity
+        if p_a.dtype.element_ty == tl.float32 and PRECISION == "ieee":
+            # Chosen, so that it is rounded: the compiler would subtract from the exact product, in one fused operation,
+            # where the forward pass sums the exponentials of rounded logits. It costs registers, and of other products
+            # the rounding does not matter.
+            b_s = tl.where(m_pairs, b_s, 0.0)
     b_g = _weighted_softmax(b_s, p_rows_lse, p_softmax_rows, o_m, m_m, 1)
     if TWO_SIDED:
         b_g += _weighted_softmax(b_s, p_columns_lse, p_softmax_columns, o_n, m_n, 0)

@@ -16,7 +16,7 @@ pytest.importorskip("triton", reason="the kernels need triton: pip install trito
 
 from diffgap.kernels.configs import is_amd
 
-from benchmarks.aot import TARGETS, adaln_kernels, attention_kernels
+from benchmarks.aot import TARGETS, adaln_kernels, attention_kernels, contrastive_kernels
 from benchmarks.compiled import Case, Compiled, cases, compile_case
 from benchmarks.proof import complaints, row_of
 from benchmarks.sass import sass
@@ -86,6 +86,17 @@ def test_every_access_of_the_short_path_is_of_16_bytes(chip: str, n: int) -> Non
     for name, kernel in attention_kernels(chip, "half", n, n, 64, plain=True).items():
         accesses = set(re.findall(r"\b(?:LDG|LDGSTS|STG)\.\S+", sass(kernel)))
         assert accesses == {"LDG.E.128", "STG.E.128"}, f"{name}: {accesses}"
+
+
+@pytest.mark.parametrize("chip", NVIDIA)
+def test_float32_logits_are_rounded_before_the_largest_is_subtracted(chip: str) -> None:
+    """As many subtractions as of logits that are loaded: none is fused with the product of the scale."""
+    kernels = contrastive_kernels(chip, "ieee")
+    computed, loaded = (
+        len(re.findall(r"\bsub\S*\.f32", kernels[f"clip_loss_backward/{variant}/gradient"].asm["ptx"]))
+        for variant in ("diagonal", "logits")
+    )
+    assert computed == loaded > 0
 
 
 @pytest.mark.parametrize("chip", ["sm_80", "gfx942"])
