@@ -251,24 +251,25 @@ def kib(size: int) -> str:
 
 
 _EXPLAINED = """\
-No GPU has run any of this. Registers, spills, shared memory, instructions, accesses and occupancy are *compiled*: read
-from the machine code that Triton {triton} and its ptxas or LLVM make of each kernel with each configuration that ships
-(`kernels/configs.py`), or what follows from it and the chip's published limits. Times are *modelled*: the slowest pipe
-of one GPU of the chip at its published rates, a lower bound; instructions are counted in the machine code, and the
-rules are in `benchmarks/work.py`. What a GPU does need not come near. `make gpu` times whole calls, and says which of
-the modelled ones in `benchmarks/results` were off by more than a quarter. The GPUs are
+No GPU has run any of this. Registers, spills, shared memory, instructions, accesses and occupancy are *compiled*: they
+are read from the machine code that Triton {triton} makes of each kernel with each configuration that ships
+(`kernels/configs.py`), through ptxas or LLVM, or they follow from it and the chip's published limits. Times are
+*modelled*: the time of the slowest pipe of one GPU of the chip at its published rates, with instructions counted in the
+machine code (`benchmarks/work.py` has the rules). They are lower bounds, and a GPU may take much longer. `make gpu`
+times whole calls, and lists the modelled ones of `benchmarks/results` that were off by more than a quarter.
+
+The GPUs are
 
 {gpus}.
 
-The rates were checked against the documents that `benchmarks/gpus.py` names. No document gives the special functions'
-of MI300X and MI355X: times that those bound are provisional.
+Their rates were checked against the documents that `benchmarks/gpus.py` names. For MI300X and MI355X no document gives
+the rate of the special functions, so times that these bound are provisional.
 
-Registers and spilled bytes are of a thread, shared memory and warps of a block. `tensor` is the tensor core's
-instruction, and how many there are in the code, those of a loop once; float32 has none on NVIDIA's chips unless torch
-is told to multiply it as TF32 (`tf32`), which CDNA 4 does not have. `load` and `store` are a thread's widest accesses
-of global memory. `occupancy` is the share of the warps that a multiprocessor can hold, for lack of `limit` no more.
-float16 has the kernels of bfloat16, and attention has all of its options. Sources are in `benchmarks/compiled.py` and
-`benchmarks/gpus.py`.
+Registers and spilled bytes are per thread, shared memory and warps per block. `tensor` names the tensor cores'
+instruction and counts it in the code, where a loop's body appears once. On NVIDIA's chips float32 has none,
+unless torch is told to multiply in TF32 (`tf32`); CDNA 4 has no TF32. `load` and `store` are the widest accesses of
+global memory by a thread. `occupancy` is the share of a multiprocessor's warps that can be resident at a time, and
+`limit` is what prevents more. float16 uses the kernels of bfloat16. Attention is compiled with all of its options.
 """
 
 
@@ -280,7 +281,7 @@ def _head(header: Mapping[str, Any], rows: Sequence[Row]) -> list[str]:
     lines = [f"`{header['command']}`, {header['date']}", ""]
     lines += [_EXPLAINED.format(triton=header["versions"]["triton"], gpus=gpus)]
     if header["size"] == "ci":
-        lines += ["Of configurations with equal rows one is compiled here (`--size ci`); `--size full` has all.", ""]
+        lines += ["Of sizes that share a configuration one is compiled (`--size ci`); `--size full` compiles all.", ""]
     return [*lines, verdict, "", *(f"- {line}" for line in wrong), *([""] if wrong else []), *summary(rows)]
 
 
@@ -298,12 +299,12 @@ def to_page(header: Mapping[str, Any], rows: Sequence[Row], results: str) -> str
     lines = [
         "# Every kernel on every chip",
         "",
-        f"Generated with `benchmarks/results/{results}`, where the rows of all configurations are.",
+        f"The rows of all configurations are in `benchmarks/results/{results}`.",
         "",
         *_head(header, rows),
         "## By kernel (compiled; times modelled)",
         "",
-        "The most that any configuration takes, the lowest occupancy, and of the modelled calls the longest, in "
+        "The most that any configuration takes, the lowest occupancy, and the longest of the modelled calls in "
         "bfloat16.",
         "",
         *kernels_table(rows),
@@ -321,8 +322,8 @@ _HOW_TO = """\
     python -m benchmarks proof --chip sm_90  # the table above for one chip, every configuration; no GPU needed
     python -m benchmarks tune                # times other configurations and prints the rows for kernels/configs.py
 
-A change to a kernel or to `kernels/configs.py` that makes one spill, lose its tensor-core instructions or take more
-shared memory than there is fails `tests/kernels/test_proof.py`, by the kernel's name and configuration.
+If a change makes a kernel spill, lose its tensor-core instructions or take more shared memory than there is,
+`tests/kernels/test_proof.py` fails and names the kernel and its configuration.
 """
 
 

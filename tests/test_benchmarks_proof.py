@@ -296,7 +296,7 @@ def test_main_fails_by_name(build: Build, monkeypatch: pytest.MonkeyPatch, capsy
     code, _ = run(build, monkeypatch, *argv, spilled_bytes=12)
     assert code == 1
     printed = capsys.readouterr()
-    assert "Of configurations with equal rows one is compiled here" in printed.out
+    assert "Of sizes that share a configuration one is compiled" in printed.out
     line = f"similarity_ranks/ids/compare on sm_80, bf16 512 ({build().config}): spills 12 bytes a thread"
     assert f"proof: {line}" in printed.err and f"- {line}" in printed.out and "3 kernels, 3 faults:" in printed.out
 
