@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import shutil
 import sys
@@ -19,6 +20,63 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+#: What says that a path is wrong, and not that the machine has failed.
+_WRONG_PATH = {
+    errno.EACCES, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOENT, errno.ENOTDIR, errno.EPERM, errno.EROFS,
+}  # fmt: skip
+
+
+def check_writable(folder: str | os.PathLike[str], output: str | os.PathLike[str]) -> None:
+    """Whether ``folder``, which need not exist yet, can be written to, found out by trying before the work is done.
+
+    Args:
+        folder: Where the temporary files of ``output`` go.
+        output: What is to be written there, for its name and for the message.
+
+    Raises:
+        ValueError: It cannot, and another path is needed.
+    """
+    output, place = Path(output), Path(folder)
+    try:
+        while not place.exists():
+            place = place.parent
+        os.rmdir(tempfile.mkdtemp(prefix=f".{output.name}.tmp", dir=place))
+    except OSError as error:
+        if error.errno not in _WRONG_PATH:
+            raise
+        raise ValueError(
+            f"output {_shortened(output)} cannot be written: {error.strerror}; choose another path"
+        ) from error
+
+
+def check_output_file(path: str | os.PathLike[str]) -> None:
+    """Whether :func:`atomic_file` can write ``path``: its folder can be written to, and no folder or device is there.
+
+    Raises:
+        ValueError: Its folder cannot be written to.
+        FileExistsError: What is there is not a file.
+    """
+    path = Path(path)
+    check_writable(path.parent, path)
+    _check_no_device(path)
+
+
+def _check_no_device(path: Path) -> None:
+    if path.exists() and not path.is_file():
+        raise FileExistsError(f"{path} is a folder or a device; choose a path for a file")
+
+
+def _shortened(path: Path) -> str:
+    said = str(path)
+    return said if len(said) <= 200 else f"{said[:100]}...{said[-50:]}"
+
+
+def beside(path: Path, ending: str) -> Path:
+    """The path beside ``path`` whose name has ``ending`` too; also of "." and "..", which are no names."""
+    named = path.resolve() if path.name in ("", "..") else path
+    return named.with_name(named.name + ending)
 
 
 @contextmanager
@@ -90,8 +148,13 @@ def remove_leftovers(folder: Path) -> None:
 
 @contextmanager
 def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A temporary file beside ``path`` that replaces it when the block ends without an exception."""
+    """A temporary file beside ``path`` that replaces it when the block ends without an exception.
+
+    Raises:
+        FileExistsError: ``path`` is a folder or a device, which nothing may take the place of.
+    """
     path = Path(path)
+    _check_no_device(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, name = tempfile.mkstemp(prefix=f".{path.stem}.tmp", suffix=path.suffix, dir=path.parent)
     os.close(descriptor)

@@ -2,22 +2,28 @@
 train-generator | generate | generate-set | metrics | report | listen | doctor``.
 
 Exit status: 0 done; 1 the machine failed (disk full, out of memory ...); 2 bad input; 3 a check of
-``diagnose --strict`` is bad; 130 interrupted. An error is one line on standard error that names what is wrong and how
-to put it right.
+``diagnose --strict`` is bad; 130 interrupted (SIGINT), 143 terminated (SIGTERM). An error is one line on standard error
+that names what is wrong and how to put it right.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import io
+import os
+import re
+import signal
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import tyro
 
 from diffgap.commands.ablate import ablate
+from diffgap.commands.arguments import check_values, constructors
 from diffgap.commands.demo import demo
 from diffgap.commands.diagnose import diagnose
 from diffgap.commands.doctor import doctor
@@ -39,10 +45,15 @@ from diffgap.training.config import RunConfig
 
 
 def _deferred(command: Callable[..., None]) -> Callable[..., Callable[[], None]]:
-    """A command that gives back its call instead of making it, so that parsing ends before work begins."""
+    """A command that gives back its call instead of making it, so that parsing ends before work begins.
+
+    Raises:
+        ValueError: A value that the command's annotations rule out.
+    """
 
     @functools.wraps(command)
     def defer(*args: Any, **kwargs: Any) -> Callable[[], None]:
+        check_values(command, inspect.signature(command).bind(*args, **kwargs).arguments)
         return functools.partial(command, *args, **kwargs)
 
     return defer
@@ -79,7 +90,7 @@ def _parse(arguments: Sequence[str]) -> Callable[[], None]:
     }
     complaint = io.StringIO()
     try:
-        with contextlib.redirect_stderr(complaint):
+        with contextlib.redirect_stderr(complaint), constructors:
             call: Callable[[], None] = tyro.extras.subcommand_cli_from_dict(
                 {name: _deferred(command) for name, command in commands.items()},
                 prog="diffgap",
@@ -90,27 +101,75 @@ def _parse(arguments: Sequence[str]) -> Callable[[], None]:
         if not stop.code:
             raise
         drawn = str.maketrans(dict.fromkeys("\u2500\u2502\u256d\u256e\u2570\u256f", " "))
-        title, _, rest = complaint.getvalue().translate(drawn).strip().partition("\n")
-        said = rest.partition("For full helptext")[0].replace("__tyro-dummy-inner__.", "")
+        # Where the output is ASCII, lines are drawn with hyphens.
+        title, _, rest = _RULES.sub("", complaint.getvalue().translate(drawn)).strip().partition("\n")
+        said = " ".join(rest.partition("For full helptext")[0].replace("__tyro-dummy-inner__.", "").split())
+        said = _CHOICES.sub(r"\2 is not \1", said.partition(" Argument helptext:")[0])
         command = f"{arguments[0]} " if arguments[0] in commands else ""
-        raise ValueError(f"{' '.join(said.split()) or title}; see diffgap {command}--help") from None
+        raise ValueError(f"{said.rstrip('.') or title}; see diffgap {command}--help") from None
     return call
+
+
+_RULES = re.compile(r"^ *-{4,} *$", re.MULTILINE)
+#: What tyro says of a value that is neither None nor a number, with the complaint of either.
+_CHOICES = re.compile(r"no type matching (\S+) could be instantiated from \[(.*?)\]\. Got errors: .*")
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM, which ends a command as Ctrl-C does: what is half written goes, and resumable work is kept."""
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """Within, SIGTERM raises; not outside of the main thread, or where somebody else has a handler for it."""
+
+    def handle(number: int, frame: object) -> None:
+        raise _Terminated
+
+    ours = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    if ours:
+        signal.signal(signal.SIGTERM, handle)
+    try:
+        yield
+    finally:
+        if ours:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of the ``diffgap`` command."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal that has no letter for a caption ends no work
+            stream.reconfigure(errors="backslashreplace")
     try:
-        _parse(arguments or ["--help"])()
-    except (ValueError, TypeError, FileNotFoundError, FileExistsError, ModuleNotFoundError) as error:
+        with _terminable():
+            _parse(arguments or ["--help"])()
+            sys.stdout.flush()
+    except BrokenPipeError as error:
+        if not _is_closed(sys.stdout):
+            _fail(error, 1)
+        sys.exit(1)  # as rich does; whoever closed the pipe has seen what he wanted
+    except (ValueError, TypeError, OverflowError, FileNotFoundError, FileExistsError, ModuleNotFoundError) as error:
         _fail(error, 2)
     except (OSError, RuntimeError, MemoryError) as error:
         _fail(error, 1)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         resumable = arguments[:1] in (["train"], ["train-generator"], ["demo"], ["ablate"], ["embed"])
         resume = "; run the same command again to resume" if resumable else ""
-        print(f"diffgap: interrupted{resume}", file=sys.stderr)
-        sys.exit(130)
+        said, status = ("terminated", 143) if isinstance(error, _Terminated) else ("interrupted", 130)
+        print(f"diffgap: {said}{resume}", file=sys.stderr)
+        sys.exit(status)
+
+
+def _is_closed(stream: Any) -> bool:
+    """Whether nobody reads what is written to a stream; if so, the rest goes nowhere."""
+    try:
+        stream.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        return True
+    return False
 
 
 def _fail(error: BaseException, status: int) -> None:

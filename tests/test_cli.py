@@ -10,19 +10,31 @@ import numpy as np
 import pytest
 import torch
 
+from diffgap import cli
 from diffgap.data.store import EmbeddingStore, write_store
 from diffgap.training.config import RunConfig
 from diffgap.training.trainer import Trainer
 from tests.helpers import run
 from tests.synthetic import DIMS, make_store, saved_config
 
+#: Every command, with what its help must show.
 COMMANDS = {
-    "demo": ["--output", "--steps"],
+    "demo": ["--output", "--steps", "--bootstrap"],
     "train": ["OUTPUT", "--config", "--preset", "--data.path", "--train.learning-rate", "(default: 0.001)"],
     "eval": ["RUN ...", "--split {val,test}", "{cosine,bridge,fusion,rerank}", "--few-steps", "(default: 1000)"],
     "sample": ["RUN", "SOURCE", "TARGET", "OUTPUT", "--num-samples", "--guidance-scale"],
     "embed": ["SOURCE", "OUTPUT", "--audio", "--text", "--format", "clotho", "--workers", "--limit", "--overwrite"],
     "import": ["SOURCE", "OUTPUT", "--csv", "--id", "--group", "--split", "--fractions", "--split-seed", "--dtype"],
+    "diagnose": ["RUN|STORE", "--output", "--split {train,val,test}", "--seed", "--strict"],
+    "ablate": ["GRID", "OUTPUT", "--jobs", "--steps", "--split {val,test}", "--bootstrap"],
+    "index": ["STORE|RUN", "INDEX", "--modality", "--kind {exact,ivf,hnsw}", "--nlist", "--alpha", "--overwrite"],
+    "search": ["INDEX", "QUERY ...", "--rows", "--k", "--json", "--serve", "--port"],
+    "train-generator": ["OUTPUT", "--config", "--data.path", "--generator.size {tiny,small,base}", "--train.steps"],
+    "generate": ["--generator", "-o", "--text", "--image", "--how {", "--seconds", "--num-samples", "--vocoder"],
+    "generate-set": ["--generator", "-o", "--systems", "--limit", "--media", "--seed", "--overwrite"],
+    "metrics": ["SET|FOLDER", "--backbone", "--classifier", "--confidence", "--resamples", "--skip-broken"],
+    "report": ["RUN", "-o", "--generated", "--split {train,val,test}", "--megabytes", "--overwrite"],
+    "listen": ["SET", "-o", "--method {ab,mushra}", "--systems", "--trials", "--score", "--key"],
     "doctor": ["usage: diffgap doctor"],
 }
 
@@ -65,6 +77,27 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
         assert run(*arguments) == 0
         text = capsys.readouterr().out
         assert all(command in text for command in COMMANDS)
+
+
+def test_every_command_is_in_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, object] = {}
+    monkeypatch.setattr("tyro.extras.subcommand_cli_from_dict", lambda commands, **_: seen.update(commands) or print)
+    assert run("doctor") == 0
+    assert sorted(seen) == sorted(COMMANDS)
+    for command in seen:
+        assert command in str(cli.__doc__)
+
+
+@pytest.mark.parametrize("command", list(COMMANDS))
+def test_an_option_that_does_not_exist(refused: Callable[..., str], command: str) -> None:
+    assert f"--no-such-option; see diffgap {command} --help" in refused(command, *_needed(command), "--no-such-option")
+
+
+def _needed(command: str) -> list[str]:
+    """Stand-ins for what a command cannot do without, so that nothing but the option is wrong."""
+    names = [word for word in COMMANDS[command] if word.split("|")[0].isupper()]
+    flags = {"index": ["--modality", "a"], "generate": ["--generator", "g", "-o", "o"]}
+    return [f"x{place}" for place, _ in enumerate(names)] + flags.get(command.removesuffix("-set"), [])
 
 
 def test_flags_win_over_the_config_file(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from tyro.conf import Positional, arg
 
-from diffgap.commands.arguments import Output
+from diffgap.commands.arguments import Bootstrap, Output, Steps
 
 __all__ = ["ablate"]
 
@@ -19,9 +19,9 @@ def ablate(
     grid: Annotated[Positional[str], arg(metavar="GRID")],
     output: Output,
     jobs: int = 1,
-    steps: int | None = None,
+    steps: Steps = None,
     split: Literal["val", "test"] = "val",
-    bootstrap: int = 1000,
+    bootstrap: Bootstrap = 1000,
 ) -> None:
     """Train every variant of a declared grid under every seed, and compare them with intervals. Run again to resume.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from diffgap.commands.arguments import Bootstrap
 from diffgap.commands.evaluate import evaluate
 from diffgap.commands.sample import sample
 from diffgap.commands.train import run_training
@@ -12,7 +13,7 @@ from diffgap.training.config import RunConfig, TrainConfig
 __all__ = ["demo"]
 
 
-def demo(output: Path = Path("demo-run"), steps: int = 1200, bootstrap: int = 500) -> None:
+def demo(output: Path = Path("demo-run"), steps: int = 1200, bootstrap: Bootstrap = 500) -> None:
     """The main job on bundled real data: train a bridge between spoken words, text and images; retrieve; sample.
 
     Args:

@@ -9,6 +9,8 @@ from typing import Annotated, Literal
 from rich.console import Console
 from tyro.conf import Positional, arg
 
+from diffgap.commands.arguments import Seed
+
 __all__ = ["diagnose"]
 
 
@@ -16,7 +18,7 @@ def diagnose(
     path: Annotated[Positional[Path], arg(metavar="RUN|STORE")],
     output: Path | None = None,
     split: Literal["train", "val", "test"] = "val",
-    seed: int = 0,
+    seed: Seed = 0,
     strict: bool = False,
 ) -> None:
     """Check a run, or an embedding store alone: are pairs pairs, is the condition used, do samples collapse or drift?
@@ -31,12 +33,13 @@ def diagnose(
         seed: Seed of samples, halves and shuffles.
         strict: Exit with status 3 if a verdict is bad. Without, the status is 0 whatever the verdicts are.
     """
+    from diffgap._files import beside
     from diffgap.diagnose.checks import diagnose
     from diffgap.diagnose.report import advice, terminal_table, write_report
     from diffgap.retrieval.report import check_output
     from diffgap.training.runs import is_run
 
-    folder = output or (path / "diagnose" if is_run(path) else path.with_name(f"{path.name}-diagnose"))
+    folder = output or (path / "diagnose" if is_run(path) else beside(path, "-diagnose"))
     check_output(folder)
     found = diagnose(path, split=split, seed=seed)
     write_report(found, folder)

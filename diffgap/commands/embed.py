@@ -16,6 +16,8 @@ from rich.table import Table
 from rich.text import Text
 from tyro.conf import Positional, arg
 
+from diffgap.commands.arguments import Device, Seed, Within
+
 if TYPE_CHECKING:
     from diffgap.embed.report import EmbedReport
     from diffgap.embed.work import Progress as Report
@@ -36,12 +38,12 @@ def embed(
     columns: dict[str, str] | None = None,
     whole: bool = False,
     fractions: tuple[float, float, float] = (0.8, 0.1, 0.1),
-    split_seed: int = 0,
-    batch_size: int = 32,
-    workers: int | None = None,
-    device: str = "cpu",
+    split_seed: Seed = 0,
+    batch_size: Annotated[int, Within(1, 1_000_000)] = 32,
+    workers: Annotated[int | None, Within(0, 256)] = None,
+    device: Device = "cpu",
     dtype: Literal["float32", "float16", "int8"] | None = None,
-    limit: int | None = None,
+    limit: Annotated[int | None, Within(1, 2**62)] = None,
     overwrite: bool = False,
     keep_parts: bool = False,
 ) -> None:

@@ -9,6 +9,8 @@ from rich.console import Console
 from rich.markup import escape
 from tyro.conf import Positional, arg
 
+from diffgap.commands.arguments import Alpha, Bootstrap, Guidance, Seed, Solver, Steps, Within
+
 if TYPE_CHECKING:
     from diffgap.retrieval.options import ScoringOptions
     from diffgap.retrieval.protocols import ProtocolName
@@ -24,17 +26,17 @@ def evaluate(
     data: str = "",
     modalities: tuple[str, ...] = (),
     scoring: tuple[Literal["cosine", "bridge", "fusion", "rerank"], ...] = ("cosine", "bridge", "fusion"),
-    steps: int | None = None,
-    num_samples: int | None = None,
-    solver: str | None = None,
-    guidance_scale: float | None = None,
-    alpha: float | None = None,
-    beta: float | None = None,
-    candidates: int = 32,
+    steps: Steps = None,
+    num_samples: Annotated[int | None, Within(1, 10_000)] = None,
+    solver: Solver = None,
+    guidance_scale: Guidance = None,
+    alpha: Alpha = None,
+    beta: Alpha = None,
+    candidates: Annotated[int, Within(1)] = 32,
     few_steps: bool = False,
     baselines: bool = True,
-    bootstrap: int = 1000,
-    seed: int = 0,
+    bootstrap: Bootstrap = 1000,
+    seed: Seed = 0,
 ) -> None:
     """Retrieval of one or several runs beside every baseline, with intervals, costs, gap diagnostics and plots.
 
@@ -109,13 +111,14 @@ def _by_protocol(
     replicates: int,
     seed: int,
 ) -> None:
+    from diffgap._files import beside
     from diffgap.retrieval.protocol_evaluate import evaluate_protocol
     from diffgap.retrieval.protocol_report import FILE, notes, terminal_table, write_report
     from diffgap.retrieval.report import check_output
     from diffgap.training.runs import is_run
 
     first, name = paths[0], f"eval-{protocol}"
-    folder = output or (first / name if is_run(first) else first.with_name(f"{first.name}-{name}"))
+    folder = output or (first / name if is_run(first) else beside(first, f"-{name}"))
     check_output(folder, FILE)
     report = evaluate_protocol(
         protocol,

@@ -8,6 +8,8 @@ from typing import Annotated, Literal
 from rich.console import Console
 from tyro.conf import arg
 
+from diffgap.commands.arguments import Device, Guidance, Samples, Seed, Steps, Within
+
 __all__ = ["generate"]
 
 
@@ -22,14 +24,14 @@ def generate(
     clap: str = "",
     bridge: str | None = None,
     how: Literal["bridged", "sampled", "raw", "none"] | None = None,
-    seconds: float | None = None,
-    num_samples: int = 1,
-    steps: int | None = None,
-    guidance_scale: float | None = None,
+    seconds: Annotated[float | None, Within(0.01, 3600)] = None,
+    num_samples: Samples = 1,
+    steps: Steps = None,
+    guidance_scale: Guidance = None,
     vocoder: str = "griffin-lim",
     autoencoder: str = "",
-    device: str = "cpu",
-    seed: int = 0,
+    device: Device = "cpu",
+    seed: Seed = 0,
     overwrite: bool = False,
 ) -> None:
     """Generate sound from a text, a picture, a video or another sound.

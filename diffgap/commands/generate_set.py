@@ -8,6 +8,8 @@ from typing import Annotated, Literal
 from rich.console import Console
 from tyro.conf import arg
 
+from diffgap.commands.arguments import Device, Guidance, Seed, Steps, Within
+
 __all__ = ["generate_set"]
 
 
@@ -26,13 +28,13 @@ def generate_set(
     media: Path | None = None,
     bridge: str | None = None,
     clap: str = "",
-    seconds: float | None = None,
-    steps: int | None = None,
-    guidance_scale: float | None = None,
+    seconds: Annotated[float | None, Within(0.01, 3600)] = None,
+    steps: Steps = None,
+    guidance_scale: Guidance = None,
     vocoder: str = "griffin-lim",
     autoencoder: str = "",
-    device: str = "cpu",
-    seed: int = 0,
+    device: Device = "cpu",
+    seed: Seed = 0,
     overwrite: bool = False,
 ) -> None:
     """Generate a set of sounds for comparison: the same rows of a store under several conditions.
@@ -62,7 +64,7 @@ def generate_set(
         seed: Of the noise, and of the rows that are drawn.
         overwrite: Replace an existing set.
     """
-    from diffgap.generation.build import build_generator, build_space, check_clap
+    from diffgap.generation.build import build_generator, build_space, check_clap, check_generator
     from diffgap.generation.generated import check_set_folder
     from diffgap.generation.make_set import SetOptions, make_set
     from diffgap.generation.native import data_of
@@ -72,6 +74,7 @@ def generate_set(
     check_set_folder(output, overwrite=overwrite)
     data = data or data_of(Path(generator))
     if not data:
+        check_generator(generator)
         raise ValueError("--data is not given, and the generator names no training data; give a store")
     store = load_data(DataConfig(path=data))
     store = store if split == "all" else store.split(split)

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from rich.console import Console
 from tyro.conf import Positional, arg
 
-from diffgap.commands.arguments import Output
+from diffgap.commands.arguments import Output, Seed
 
 __all__ = ["import_embeddings"]
 
@@ -22,7 +22,7 @@ def import_embeddings(
     group: str | None = None,
     split: str | None = None,
     fractions: tuple[float, float, float] | None = None,
-    split_seed: int = 0,
+    split_seed: Seed = 0,
     dtype: Literal["float32", "float16", "int8"] | None = None,
     overwrite: bool = False,
 ) -> None:

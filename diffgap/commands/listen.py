@@ -8,18 +8,20 @@ from typing import Annotated, Literal
 from rich.console import Console
 from tyro.conf import Positional, arg
 
+from diffgap.commands.arguments import Seed, Within
+
 
 def listen(
     generated: Annotated[Positional[Path | None], arg(metavar="SET")] = None,
     output: Annotated[Path | None, arg(aliases=["-o"])] = None,
     method: Literal["ab", "mushra"] = "ab",
     systems: tuple[str, ...] | None = None,
-    trials: int = 20,
-    repeats: int | None = None,
-    seed: int = 0,
+    trials: Annotated[int, Within(1, 10_000)] = 20,
+    repeats: Annotated[int | None, Within(0, 10_000)] = None,
+    seed: Seed = 0,
     questions: tuple[str, ...] | None = None,
     ties: bool = False,
-    catch: int | None = None,
+    catch: Annotated[int | None, Within(0, 1_000)] = None,
     anchors: tuple[float, ...] | None = None,
     score: tuple[Path, ...] = (),
     key: Path | None = None,

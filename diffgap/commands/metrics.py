@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 from rich.console import Console
 from tyro.conf import Positional, arg
 
+from diffgap.commands.arguments import Device, Seed, Within
+
 if TYPE_CHECKING:
     from diffgap.generation.generated import GeneratedItem
 
@@ -21,15 +23,15 @@ def metrics(
     text: str | None = None,
     classifier: Path | None = None,
     column: str | None = None,
-    regularisation: float = 1.0,
+    regularisation: Annotated[float, Within(1e-12)] = 1.0,
     output: Path | None = None,
-    splits: int = 10,
+    splits: Annotated[int, Within(1)] = 10,
     skip_broken: bool = False,
     cache: Path | None = None,
     confidence: float = 0.95,
-    resamples: int = 500,
-    seed: int = 0,
-    device: str = "cpu",
+    resamples: Annotated[int, Within(2, 1_000_000)] = 500,
+    seed: Seed = 0,
+    device: Device = "cpu",
 ) -> None:
     """Measure generated sounds: each system of `diffgap generate-set`, or a folder, against the real recordings.
 
@@ -67,6 +69,8 @@ def metrics(
 
     if not backbone:
         raise ValueError("backbone is empty; name at least one, as in --backbone mel offline")
+    if column is not None and classifier is None:
+        raise ValueError("column is one of --classifier; name the store or the .csv, or leave --column out")
     check_options(confidence, resamples)
     folder = output or generated
     check_output(folder)

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from rich.console import Console
 from tyro.conf import arg
 
-from diffgap.commands.arguments import Run
+from diffgap.commands.arguments import Run, Seed, Within
 
 __all__ = ["report"]
 
@@ -21,8 +21,8 @@ def report(
     pairs: int = 256,
     items: int = 12,
     systems: tuple[str, ...] = (),
-    megabytes: float = 8.0,
-    seed: int = 0,
+    megabytes: Annotated[float, Within(0)] = 8.0,
+    seed: Seed = 0,
     overwrite: bool = False,
 ) -> None:
     """One HTML page of a run, to be opened in any browser: settings, training curves, retrieval, the gap before and

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.markup import escape
 from tyro.conf import Positional, arg
 
-from diffgap.commands.arguments import Output, Run
+from diffgap.commands.arguments import Guidance, Output, Run, Samples, Seed, Solver, Steps
 
 __all__ = ["sample"]
 
@@ -20,12 +20,12 @@ def sample(
     output: Output,
     data: str = "",
     split: Literal["train", "val", "test", "all"] = "test",
-    num_samples: int = 1,
-    frames: int | None = None,
-    steps: int | None = None,
-    solver: str | None = None,
-    guidance_scale: float | None = None,
-    seed: int = 0,
+    num_samples: Samples = 1,
+    frames: Steps = None,
+    steps: Steps = None,
+    solver: Solver = None,
+    guidance_scale: Guidance = None,
+    seed: Seed = 0,
     overwrite: bool = False,
 ) -> None:
     """Bridge embeddings from one modality to another and write the samples as an embedding store.

@@ -10,16 +10,18 @@ from typing import Annotated
 from rich.console import Console
 from tyro.conf import Positional, arg
 
+from diffgap.commands.arguments import Within
+
 
 def search(
     index: Annotated[Positional[Path], arg(metavar="INDEX")],
     query: Annotated[Positional[tuple[str, ...]], arg(metavar="QUERY ...")] = (),
     rows: Path | None = None,
     rows_modality: str = "text",
-    k: int = 10,
+    k: Annotated[int, Within(1)] = 10,
     json: bool = False,
     serve: bool = False,
-    port: int = 0,
+    port: Annotated[int, Within(0, 65535)] = 0,
     text: str = "",
     audio: str = "",
     image: str = "",
@@ -54,6 +56,8 @@ def search(
 
     if sum((bool(query), rows is not None, serve)) != 1:
         raise ValueError("give queries, or --rows, or --serve: one of the three")
+    if port and not serve:
+        raise ValueError("port belongs to --serve; add it, or leave --port out")
     asked = [read_query(one) for one in query]
     opened = SearchIndex.open(index, store=store, run=run)
     meta = opened.meta

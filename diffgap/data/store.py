@@ -25,7 +25,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from diffgap._files import atomic_folder
+from diffgap._files import atomic_folder, check_writable
 from diffgap.data._modality import (
     DTYPES,
     Modality,
@@ -270,8 +270,12 @@ class EmbeddingStore:
 
 
 def check_replaceable(path: str | os.PathLike[str], *, overwrite: bool) -> None:
-    """Raises FileExistsError if writing to ``path`` would remove anything but (``overwrite``) a store."""
+    """Raises FileExistsError if writing to ``path`` would remove anything but (``overwrite``) a store.
+
+    Raises ValueError if nothing can be written there.
+    """
     target = Path(path)
+    check_writable(target.parent, target)
     if not target.exists():
         return
     if not target.is_dir():

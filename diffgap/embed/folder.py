@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from hashlib import blake2b
 from pathlib import Path
 
-from diffgap._files import atomic_file, remove_leftovers
+from diffgap._files import atomic_file, beside, remove_leftovers
 from diffgap.embed.ranks import Ranks
 
 _POLL_SECONDS = 0.2
@@ -69,7 +69,7 @@ class PartsFolder:
     """
 
     def __init__(self, output: Path, ranks: Ranks) -> None:
-        self.path = output.with_name(output.name + ".parts")
+        self.path = beside(output, ".parts")
         self.ranks = ranks
         self._descriptors: list[int] = []
 

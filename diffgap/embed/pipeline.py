@@ -127,7 +127,10 @@ def embed_items(
 
 def default_workers() -> int:
     """Processes that read, of one rank: its share of the cores this process may use, 1 to 16."""
-    local = max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1") or 1))
+    given = os.environ.get("LOCAL_WORLD_SIZE") or "1"
+    if not given.isdecimal():
+        raise ValueError(f"LOCAL_WORLD_SIZE={given!r} is no number of processes; unset it")
+    local = max(1, int(given))
     return max(1, min(_MOST_WORKERS, len(os.sched_getaffinity(0)) // local))
 
 

@@ -6,10 +6,10 @@ from pathlib import Path
 
 from diffgap.encoders.registry import build_encoder
 from diffgap.generation.generator import Generator
-from diffgap.generation.native import bridge_of, load_generator
+from diffgap.generation.native import bridge_of, load_generator, weights_of
 from diffgap.generation.space import AudioSpace
 
-__all__ = ["PRETRAINED", "build_generator", "build_space", "check_clap"]
+__all__ = ["PRETRAINED", "build_generator", "build_space", "check_clap", "check_generator"]
 
 PRETRAINED = {"audioldm": "cvssp/audioldm-m-full", "musicldm": "ucsd-reach/musicldm", "audioldm2": "cvssp/audioldm2"}
 """Generators of diffusers, and the weights on the hub that a name alone stands for."""
@@ -47,6 +47,12 @@ def build_generator(
             f"{found[0]} has a vocoder and an autoencoder of its own; leave --vocoder and --autoencoder out"
         )
     return load_pretrained(*found, device=device)
+
+
+def check_generator(spec: str) -> None:
+    """Raises FileNotFoundError unless ``spec`` names a generator of diffusers, or a folder that holds our own."""
+    if _pretrained(spec) is None:
+        weights_of(Path(spec))
 
 
 def check_clap(generator: Generator, space: AudioSpace, clap: str) -> None:

@@ -20,6 +20,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from diffgap._files import check_writable
+
 __all__ = ["FORMAT", "REFERENCE", "SYSTEMS", "GeneratedItem", "GeneratedSet", "check_set_folder"]
 
 FORMAT = "diffgap-generated/1"
@@ -142,7 +144,11 @@ _KINDS: dict[type, dict[str, type | tuple[type, ...]]] = {
 
 
 def check_set_folder(folder: Path, *, overwrite: bool) -> None:
-    """Raises FileExistsError if writing a set to ``folder`` would remove anything but (``overwrite``) a set."""
+    """Raises FileExistsError if writing a set to ``folder`` would remove anything but (``overwrite``) a set.
+
+    Raises ValueError if nothing can be written there.
+    """
+    check_writable(folder.parent, folder)
     if not folder.exists():
         return
     if not overwrite:

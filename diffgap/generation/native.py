@@ -17,7 +17,7 @@ from diffgap.generation.vocoder import Vocoder, load_vocoder
 from diffgap.models.mel_generator import MelGenerator
 from diffgap.ops import sample_seeds
 
-__all__ = ["NativeGenerator", "bridge_of", "data_of", "load_generator"]
+__all__ = ["NativeGenerator", "bridge_of", "data_of", "load_generator", "weights_of"]
 
 FloatArray = npt.NDArray[np.float32]
 
@@ -133,14 +133,19 @@ def load_generator(
         FileNotFoundError: Neither, or its training has not reached a validation yet.
         ValueError: Weights that are damaged, a vocoder or an autoencoder of other spectrograms.
     """
-    folder = run if (run / "config.json").is_file() else run / "model"
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"{run} holds no generator; train one with `diffgap train-generator {run}`")
-    model = MelGenerator.from_pretrained(folder)
+    model = MelGenerator.from_pretrained(weights_of(run))
     drawn = parse_settings(model.config.mel)
     mel = drawn.mel if isinstance(drawn, LatentSettings) else drawn
     coder = MelAutoencoder(autoencoder, mel) if autoencoder else None
     return NativeGenerator(model.to(device), load_vocoder(vocoder, mel), coder)
+
+
+def weights_of(run: Path) -> Path:
+    """The folder of a generator's weights, in a run folder or itself. Raises FileNotFoundError without any."""
+    folder = run if (run / "config.json").is_file() else run / "model"
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"{run} holds no generator; train one with `diffgap train-generator {run}`")
+    return folder
 
 
 def bridge_of(run: Path) -> tuple[str, str]:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from diffgap._files import atomic_file
+from diffgap._files import atomic_file, check_output_file
 from diffgap.encoders._packages import require
 from diffgap.generation.mel import INSTALL
 
@@ -17,9 +17,13 @@ SUFFIXES = (".wav", ".flac", ".ogg")
 
 
 def check_sound_file(path: Path, *, overwrite: bool = True) -> None:
-    """Raises ValueError for a suffix that no sound is written under, FileExistsError for a file in the way."""
+    """Raises ValueError for a suffix that no sound is written under, or a path where nothing can be written.
+
+    Raises FileExistsError for a file in the way, and for a folder or a device whatever ``overwrite`` is.
+    """
     if path.suffix.lower() not in SUFFIXES:
         raise ValueError(f"output {path} ends in none of {', '.join(SUFFIXES)}; choose one of these endings")
+    check_output_file(path)
     if path.exists() and not overwrite:
         raise FileExistsError(f"{path} exists; choose another path, or give --overwrite")
     require("soundfile", "soundfile", INSTALL)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -61,6 +62,14 @@ class GeneratorSettings:
     """Default steps of sampling."""
     max_seconds: float = 10.0
     """Longer sounds are cut to this in training, at a random place."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.max_seconds <= _LONGEST:
+            raise ValueError(
+                f"generator.max_seconds is {self.max_seconds}; use a positive number, {_LONGEST:g} or less"
+            )
+        if not 0 <= self.guidance_scale < math.inf:
+            raise ValueError(f"generator.guidance_scale is {self.guidance_scale}; use a finite number, 0 or more")
 
 
 def _training() -> TrainConfig:
@@ -167,6 +176,8 @@ class GeneratorTrainer(TrainingLoop[MelGenerator]):
         return {"score": -values["loss"], **values}
 
 
+_LONGEST = 3600.0
+"""Seconds, far beyond use."""
 _FIT_ROWS = 2_000
 """Spectrograms that the bands' statistics and the typical length are taken from."""
 _SCORED_ROWS = 512

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from diffgap._files import atomic_folder
+from diffgap._files import atomic_folder, check_writable
 from diffgap.generation.generated import REFERENCE, GeneratedSet
 from diffgap.listening.design import FOIL, QUESTIONS, Plan, Settings, Stimulus, Trial, plan
 from diffgap.listening.stimuli import Floats, level, low_pass, noisy, pcm16, read_wave
@@ -32,8 +32,9 @@ def write_test(found: GeneratedSet, folder: Path, settings: Settings) -> Plan:
 
     Raises:
         FileExistsError: ``folder`` exists: a new key would leave the answers to the old page without one.
-        ValueError: The settings do not suit the set, or sounds are damaged.
+        ValueError: The settings do not suit the set, sounds are damaged, or nothing can be written there.
     """
+    check_writable(folder.parent, folder)
     if folder.exists():
         raise FileExistsError(
             f"{folder} exists; choose another folder: answers to a page are worthless without its key"

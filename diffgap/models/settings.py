@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -132,6 +133,13 @@ class BridgeSettings:
             raise ValueError(f"settings.heads_first is {self.heads_first}; use a share in [0, 1)")
         if not self.embeddings_per_input >= 0:
             raise ValueError(f"settings.embeddings_per_input is {self.embeddings_per_input}; use 0 or more")
+        for name in ("contrastive_weight", "diffusion_weight", "min_snr_gamma", "guidance_scale", "head_learning_rate"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"settings.{name} is {getattr(self, name)}; use a finite number, 0 or more")
+        if not 0 < self.init_logit_scale < math.inf:
+            raise ValueError(f"settings.init_logit_scale is {self.init_logit_scale}; use a positive number")
+        if not math.isfinite(self.init_logit_bias):
+            raise ValueError(f"settings.init_logit_bias is {self.init_logit_bias}; use a finite number")
         if not 0 <= self.condition_dropout < 1:
             raise ValueError(f"settings.condition_dropout is {self.condition_dropout}; use a value in [0, 1)")
 

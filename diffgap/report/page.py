@@ -8,7 +8,7 @@ from html import escape
 from pathlib import Path
 from string import Template
 
-from diffgap._files import atomic_file
+from diffgap._files import atomic_file, check_output_file, check_writable
 from diffgap.generation.generated import GeneratedSet
 from diffgap.generation.trainer import GeneratorRunConfig
 from diffgap.report.audio_metrics import audio_metrics
@@ -60,10 +60,13 @@ def check_output(file: Path, *, overwrite: bool = False) -> None:
     """Whether the page may be written to ``file``: nothing is there, or an earlier page.
 
     Raises:
-        FileExistsError: Something else is there, and ``overwrite`` is false; or a folder.
+        FileExistsError: Something else is there, and ``overwrite`` is false; or a folder or a device.
+        ValueError: Nothing can be written there.
     """
+    check_writable(file.parent, file)
     if file.is_dir():
         raise FileExistsError(f"{file} is a folder; name a file for the page, e.g. {file / 'report.html'}")
+    check_output_file(file)
     if file.exists() and not overwrite:
         with file.open("rb") as content:
             head = content.read(1000)

@@ -12,7 +12,7 @@ from rich.box import SIMPLE
 from rich.markup import escape
 from rich.table import Table
 
-from diffgap._files import atomic_folder
+from diffgap._files import atomic_folder, check_writable
 from diffgap.retrieval.bootstrap import Interval
 from diffgap.retrieval.diagnostics import ModalityGap
 from diffgap.retrieval.summary import ALL_DIRECTIONS, COMPARED, Direction, Report, ScoringCost, Setting, overall
@@ -254,7 +254,9 @@ def check_output(folder: Path, file: str = "report.json") -> None:
 
     Raises:
         FileExistsError: Something else is there.
+        ValueError: Nothing can be written there.
     """
+    check_writable(folder.parent, folder)
     if folder.exists() and not (folder / file).is_file():
         raise FileExistsError(f"{folder} exists and is not a report; choose another output folder")
 

@@ -29,7 +29,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from diffgap._files import atomic_folder
+from diffgap._files import atomic_folder, check_writable
 from diffgap.data.store import EmbeddingStore
 from diffgap.models.bridge import DiffGAP
 from diffgap.models.scoring import Encoded
@@ -258,6 +258,8 @@ def build_index(
         ValueError: ``modality`` is not in the store, or unknown to the bridge; an option is out of range.
     """
     check_kind(kind)
+    options = options or FaissOptions()
+    options.check_kind(kind)
     _check_replaceable(output, overwrite)
     if alpha is not None and not 0 <= alpha < float("inf"):
         raise ValueError(f"alpha is {alpha}; use a finite number, 0 or more")
@@ -282,7 +284,6 @@ def build_index(
         raise ValueError(f"no row of split {split!r} has {modality!r}; there is nothing to search")
     if bridge is not None:
         bridge.inputs.check(modality, store.embeddings(modality, gallery.rows[:1]))
-    options = options or FaissOptions()
     if kind == "ivf":
         options.lists(len(gallery))
     named = QueryEncoders(encoders or {}, store, bridge, modality)
@@ -345,6 +346,7 @@ def _absolute(path: str) -> str:
 
 
 def _check_replaceable(output: Path, overwrite: bool) -> None:
+    check_writable(output.parent, output)
     if not output.exists():
         return
     if not overwrite:

@@ -25,6 +25,8 @@ Kind: TypeAlias = Literal["exact", "ivf", "hnsw"]
 _EXACT_FILE = "vectors.safetensors"
 _FAISS_FILE = "vectors.faiss"
 # What faiss's own k-means asks for: no fewer vectors for a list, and no more are looked at.
+#: Far beyond use; faiss would run out of memory, or take another number than was given.
+_MOST = {"nlist": 2**24, "nprobe": 2**24, "m": 1024, "ef_construction": 2**24, "ef_search": 2**24}
 _MIN_PER_LIST, _MAX_PER_LIST = 39, 256
 
 
@@ -74,10 +76,19 @@ class FaissOptions:
         for name, value in vars(self).items():
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}; use 1 or more")
+            if value is not None and value > _MOST[name]:
+                raise ValueError(f"{name} is {value}; use {_MOST[name]} or less")
         if self.m < 2:
             raise ValueError(f"m is {self.m}; HNSW needs 2 links or more, 16 to 64 are usual")
         if self.nlist is not None and self.nprobe is not None and self.nprobe > self.nlist:
             raise ValueError(f"nprobe is {self.nprobe}, of {self.nlist} lists; use no more than nlist")
+
+    def check_kind(self, kind: Kind) -> None:
+        """Raises ValueError for an option that is not of the index's kind, which nothing would read."""
+        for name, value in vars(self).items():
+            owner = "ivf" if name in ("nlist", "nprobe") else "hnsw"
+            if owner != kind and value != getattr(FaissOptions, name):
+                raise ValueError(f"{name} is an option of kind {owner}, and the kind is {kind}; leave it out")
 
     def lists(self, count: int) -> tuple[int, int]:
         """nlist and nprobe for ``count`` vectors. Raises ValueError if nlist is more than there are vectors."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -95,12 +96,12 @@ class TrainConfig:
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"train.ema_decay is {self.ema_decay}; use a value in [0, 1)")
         for name in ("learning_rate", "timeout_s"):
-            if getattr(self, name) <= 0:
+            if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"train.{name} is {getattr(self, name)}; use a positive value")
-        if self.max_grad_norm <= 0:
+        if not 0 < self.max_grad_norm < math.inf:
             raise ValueError(f"train.max_grad_norm is {self.max_grad_norm}; use a positive value, 1e9 for no clipping")
         for name in ("warmup_steps", "weight_decay", "patience"):
-            if getattr(self, name) < 0:
+            if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"train.{name} is {getattr(self, name)}; use 0 or more")
         if not -(2**63) <= self.seed < 2**63:
             raise ValueError(f"train.seed is {self.seed}; use a 64-bit integer")
@@ -124,13 +125,14 @@ class YamlConfig:
         """Read YAML; fields left out keep their defaults.
 
         Raises:
-            ValueError: Not YAML, a field that does not exist, or a value of another type.
+            ValueError: Not YAML, nothing at all, as of a file that was cut off, a field that does not exist, or a value
+                of another type.
             FileNotFoundError: No such file.
         """
         if not path.is_file():
             raise FileNotFoundError(f"config file {path} does not exist")
         try:
-            content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+            content = yaml.safe_load(path.read_text(encoding="utf-8"))
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise ValueError(f"{path} is not YAML ({' '.join(str(error).split())[:120]})") from error
         return cls.from_dict(content, str(path))
@@ -181,7 +183,9 @@ def _leaves(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _build(cls: Any, content: Any, where: str) -> Any:
     if not isinstance(content, dict):
-        raise ValueError(f"{where}: expected a mapping of fields, got {type(content).__name__}")
+        raise ValueError(
+            f"{where}: expected a mapping of fields, got {'nothing' if content is None else type(content).__name__}"
+        )
     known = [f.name for f in dataclasses.fields(cls)]
     unknown = sorted(map(str, set(content) - set(known)))
     if unknown:

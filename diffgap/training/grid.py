@@ -21,6 +21,7 @@ from typing import Any
 
 import yaml
 
+from diffgap._files import check_writable
 from diffgap.models.settings import BridgeSettings
 from diffgap.training.config import BUNDLED, RunConfig
 
@@ -116,8 +117,10 @@ class Grid:
         """Whether the runs below ``output`` are those of this grid; runs of variants it no longer has are ignored.
 
         Raises:
-            ValueError: One of them has another configuration; the message names the field.
+            ValueError: One of them has another configuration; the message names the field. Or nothing can be written
+                there.
         """
+        check_writable(output, output / "ablation.md")
         for run in self.runs():
             file = run.folder(output) / "config.yaml"
             if file.is_file():

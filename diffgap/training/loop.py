@@ -25,7 +25,7 @@ from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwar
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from diffgap._files import remove_leftovers
+from diffgap._files import check_writable, remove_leftovers
 from diffgap.training import checkpoint
 from diffgap.training.config import TrainConfig, YamlConfig
 from diffgap.training.folder import MetricsLog, exclusive, explained
@@ -34,6 +34,9 @@ from diffgap.training.watch import watched
 
 Report = Callable[[int, dict[str, float]], None]
 
+
+_OWN = ("metrics.jsonl", "checkpoints", "model")
+"""What a run writes into its folder after config.yaml."""
 
 Model = TypeVar("Model", bound=Any)
 """A module with ``parameter_groups(weight_decay)``, ``save_pretrained(folder)`` and ``from_pretrained(folder)``."""
@@ -176,6 +179,7 @@ class TrainingLoop(ABC, Generic[Model]):
 
     def _check_folder(self) -> None:
         file = self.folder / "config.yaml"
+        check_writable(self.folder, file)
         if file.exists():
             differences = type(self.run_config).load(file).differences(self.run_config)
             if differences:
@@ -183,14 +187,20 @@ class TrainingLoop(ABC, Generic[Model]):
                     f"{self.folder} holds a run with another {', '.join(differences[:3])}; choose another output "
                     "folder, or repeat that run's settings to resume it"
                 )
+        elif own := [name for name in _OWN if (self.folder / name).exists()]:
+            raise ValueError(
+                f"{self.folder} holds {own[0]}, but is no run folder (no config.yaml); choose another output folder, "
+                "for a run would replace it"
+            )
 
     def _claim_folder(self) -> None:
-        """Clear what a killed process left, and write the configuration into a new folder."""
+        """Clear what a killed process left in a run's folder, or write the configuration into a new one."""
+        file = self.folder / "config.yaml"
+        if not file.exists():  # nothing there is a run's yet
+            self.run_config.save(file)
+            return
         remove_leftovers(self.folder)
         checkpoint.prune(self.folder / "checkpoints")
-        file = self.folder / "config.yaml"
-        if not file.exists():
-            self.run_config.save(file)
 
     def _resume(self) -> _Progress:
         """Take up the last checkpoint, if there is one."""
@@ -316,7 +326,10 @@ def _accelerator(train: TrainConfig, folder: Path, *, find_unused: bool) -> Acce
             ],
         )
     except ValueError as error:
-        raise ValueError(f"train.mixed_precision or train.trackers is refused ({error}); use another value") from error
+        raise ValueError(
+            f"train.mixed_precision, train.trackers or a variable of a launcher (RANK, WORLD_SIZE ...) is refused "
+            f"({error}); use another value, or unset the variable"
+        ) from error
     if train.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise ValueError("train.mixed_precision is 'fp16', which needs a GPU; use 'bf16' or 'no'")
     missing = set(train.trackers) - {str(name) for name in accelerator.log_with} - {"all"}

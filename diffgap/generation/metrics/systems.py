@@ -27,7 +27,7 @@ from typing import Any
 from rich.box import SIMPLE
 from rich.table import Table
 
-from diffgap._files import atomic_file
+from diffgap._files import atomic_file, check_writable
 from diffgap.generation.metrics.backbone import Backbone, classes_of
 from diffgap.generation.metrics.clips import some
 from diffgap.generation.metrics.conditions import Conditions
@@ -249,8 +249,12 @@ def evaluate_systems(
 
 
 def check_output(folder: Path) -> None:
-    """Raises FileExistsError if ``folder`` has a metrics.json, or a metrics.md, that is not of this module's making."""
+    """Raises FileExistsError if ``folder`` has a metrics.json, or a metrics.md, that is not of this module's making.
+
+    Raises ValueError if nothing can be written there.
+    """
     file = folder / "metrics.json"
+    check_writable(folder, file)
     try:
         ours = file.is_file() and json.loads(file.read_text(encoding="utf-8"))["format"] == FORMAT
     except (ValueError, KeyError, TypeError):
