@@ -198,10 +198,21 @@ def test_a_variable_that_no_launcher_sets(
     assert f"{name}='abc'" in said and "unset" in said
 
 
+#: Seconds, for machines on which all is slow.
+PATIENCE = 300
+
+
 def _started(*arguments: object, **variables: str) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "diffgap", *map(str, arguments)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **variables}
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment)
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment, preexec_fn=_with_interrupts
+    )
+
+
+def _with_interrupts() -> None:
+    """Tests that a shell runs in the background ignore SIGINT, and so would what they start."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 @pytest.mark.parametrize(
@@ -210,11 +221,11 @@ def _started(*arguments: object, **variables: str) -> subprocess.Popen[bytes]:
 def test_a_signal_in_mid_work(trained: Path, tmp_path: Path, number: signal.Signals, status: int, word: str) -> None:
     arguments = ["train", tmp_path / "run", "--config", trained / "run.yaml", "--train.steps", 10**6]
     process = _started(*arguments)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + PATIENCE
     while not (tmp_path / "run" / "metrics.jsonl").exists() and time.monotonic() < deadline:
         time.sleep(0.05)
     process.send_signal(number)
-    said = process.communicate(timeout=60)[1].decode()
+    said = process.communicate(timeout=PATIENCE)[1].decode()
     assert process.returncode == status
     assert said.startswith(f"diffgap: {word}") and said.endswith("; run the same command again to resume\n")
     assert said.count("\n") == 1
@@ -223,7 +234,7 @@ def test_a_signal_in_mid_work(trained: Path, tmp_path: Path, number: signal.Sign
 
 def test_a_backend_that_does_not_exist() -> None:
     process = _started("doctor", DIFFGAP_BACKEND="fast")
-    said = process.communicate(timeout=60)[1].decode()
+    said = process.communicate(timeout=PATIENCE)[1].decode()
     assert (process.returncode, said.count("\n")) == (2, 1)
     assert said.startswith("diffgap: DIFFGAP_BACKEND: unknown backend 'fast'; use one of")
 
@@ -251,7 +262,7 @@ def test_a_pipe_that_is_closed(trained: Path) -> None:
     process = _started("doctor")
     assert process.stdout is not None and process.stderr is not None
     process.stdout.close()
-    assert (process.stderr.read(), process.wait(timeout=60)) == (b"", 1)
+    assert (process.stderr.read(), process.wait(timeout=PATIENCE)) == (b"", 1)
 
 
 def test_letters_that_the_terminal_does_not_have(trained: Path, tmp_path: Path) -> None:
@@ -259,8 +270,8 @@ def test_letters_that_the_terminal_does_not_have(trained: Path, tmp_path: Path) 
     write_store(store, EmbeddingStore.open(trained / "store"))
     ascii_only = {"PYTHONIOENCODING": "ascii"}
     process = _started("import", store, tmp_path / "out", **ascii_only)
-    said = process.communicate(timeout=60)[1].decode()
+    said = process.communicate(timeout=PATIENCE)[1].decode()
     assert process.returncode == 2 and "bl\\xe5" in said
     process = _started("index", store, tmp_path / "ind\u00e9x", "--modality", "audio", **ascii_only)
-    said = process.communicate(timeout=60)[0].decode()
+    said = process.communicate(timeout=PATIENCE)[0].decode()
     assert process.returncode == 0 and "ind\\xe9x" in said
