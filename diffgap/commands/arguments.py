@@ -13,7 +13,6 @@ from tyro.conf import Positional, arg
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 __all__ = [
-    "Alpha",
     "Bootstrap",
     "Device",
     "Guidance",
@@ -40,7 +39,7 @@ class Check(Protocol):
 
 @dataclass(frozen=True)
 class Within:
-    """A number from ``least`` to ``most``, both included; never NaN, and infinite only if ``most`` is.
+    """A finite number from ``least`` to ``most``, both included.
 
     An upper bound is far beyond use. It is there for the slip of the hand that would run for years, or out of memory.
     """
@@ -49,11 +48,12 @@ class Within:
     most: float = math.inf
 
     def check(self, name: str, value: Any) -> None:
-        finite = isinstance(value, int) or math.isfinite(value)
-        if not (finite and self.least <= value <= self.most):
-            unit = "a finite number, " if isinstance(value, float) else ""
-            bounds = f"{self.least:g} or more" if self.most == math.inf else f"{self.least:g} to {self.most}"
-            raise ValueError(f"{name} is {value}; use {unit}{bounds}")
+        if not isinstance(value, int) and not math.isfinite(value):
+            raise ValueError(f"{name} is {value}; use a finite number")
+        if value < self.least:
+            raise ValueError(f"{name} is {value}; use {self.least:g} or more")
+        if value > self.most:
+            raise ValueError(f"{name} is {value}; use {self.most} or less")
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,6 @@ Samples: TypeAlias = Annotated[int, Within(1, 10_000)]
 Steps: TypeAlias = Annotated[int | None, Within(1)]
 Solver: TypeAlias = Annotated[str | None, OneOfSolvers()]
 Guidance: TypeAlias = Annotated[float | None, Within(0)]
-Alpha: TypeAlias = Annotated[float | None, Within(0)]
 Device: TypeAlias = Annotated[str, OfThisMachine()]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import time
@@ -43,7 +44,7 @@ def embed(
     workers: Annotated[int | None, Within(0, 256)] = None,
     device: Device = "cpu",
     dtype: Literal["float32", "float16", "int8"] | None = None,
-    limit: Annotated[int | None, Within(1, 2**62)] = None,
+    limit: Annotated[int | None, Within(-math.inf, 2**62)] = None,
     overwrite: bool = False,
     keep_parts: bool = False,
 ) -> None:

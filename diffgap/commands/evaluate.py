@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from tyro.conf import Positional, arg
 
-from diffgap.commands.arguments import Alpha, Bootstrap, Guidance, Seed, Solver, Steps, Within
+from diffgap.commands.arguments import Bootstrap, Seed, Solver, Steps, Within
 
 if TYPE_CHECKING:
     from diffgap.retrieval.options import ScoringOptions
@@ -29,9 +29,9 @@ def evaluate(
     steps: Steps = None,
     num_samples: Annotated[int | None, Within(1, 10_000)] = None,
     solver: Solver = None,
-    guidance_scale: Guidance = None,
-    alpha: Alpha = None,
-    beta: Alpha = None,
+    guidance_scale: float | None = None,
+    alpha: float | None = None,
+    beta: float | None = None,
     candidates: Annotated[int, Within(1)] = 32,
     few_steps: bool = False,
     baselines: bool = True,
@@ -59,7 +59,7 @@ def evaluate(
         steps: Sampling steps of a bridged embedding; by default the run's own, as for the next three.
         num_samples: Samples averaged into a bridged embedding.
         solver: Solver: ddim, ddpm, dpmpp, sde_dpmpp, unipc or euler_flow.
-        guidance_scale: Guidance; 1 is none.
+        guidance_scale: float | None; 1 is none.
         alpha: Weight of the bridged cosines beside the plain one; the best on validation data if not given.
         beta: Weight of the likelihood ratio in "rerank"; the best on validation data if not given.
         candidates: Items of each query that "rerank" reorders.

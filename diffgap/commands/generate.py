@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -24,7 +25,7 @@ def generate(
     clap: str = "",
     bridge: str | None = None,
     how: Literal["bridged", "sampled", "raw", "none"] | None = None,
-    seconds: Annotated[float | None, Within(0.01, 3600)] = None,
+    seconds: Annotated[float | None, Within(-math.inf, 3600)] = None,
     num_samples: Samples = 1,
     steps: Steps = None,
     guidance_scale: Guidance = None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -28,7 +29,7 @@ def generate_set(
     media: Path | None = None,
     bridge: str | None = None,
     clap: str = "",
-    seconds: Annotated[float | None, Within(0.01, 3600)] = None,
+    seconds: Annotated[float | None, Within(-math.inf, 3600)] = None,
     steps: Steps = None,
     guidance_scale: Guidance = None,
     vocoder: str = "griffin-lim",

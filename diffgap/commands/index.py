@@ -10,8 +10,6 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from tyro.conf import Positional, arg
 
-from diffgap.commands.arguments import Alpha
-
 
 def index(
     source: Annotated[Positional[Path], arg(metavar="STORE|RUN")],
@@ -25,7 +23,7 @@ def index(
     m: int = 32,
     ef_construction: int = 200,
     ef_search: int = 64,
-    alpha: Alpha = None,
+    alpha: float | None = None,
     text: str = "",
     audio: str = "",
     image: str = "",

@@ -56,6 +56,8 @@ def diagnose(path: Path, *, split: str = "val", seed: int = 0) -> Diagnosis:
         raise FileNotFoundError(
             f"{path} is neither a run folder of `diffgap train` nor an embedding store of `diffgap import`; name one"
         )
+    if not len(store):
+        raise ValueError(f"{path} is a store without rows; there is nothing to check")
     return Diagnosis(f"store {path.name}", "all", tuple(check_store(store, seed=seed)))
 
 

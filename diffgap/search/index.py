@@ -259,7 +259,6 @@ def build_index(
     """
     check_kind(kind)
     options = options or FaissOptions()
-    options.check_kind(kind)
     _check_replaceable(output, overwrite)
     if alpha is not None and not 0 <= alpha < float("inf"):
         raise ValueError(f"alpha is {alpha}; use a finite number, 0 or more")

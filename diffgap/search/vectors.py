@@ -83,13 +83,6 @@ class FaissOptions:
         if self.nlist is not None and self.nprobe is not None and self.nprobe > self.nlist:
             raise ValueError(f"nprobe is {self.nprobe}, of {self.nlist} lists; use no more than nlist")
 
-    def check_kind(self, kind: Kind) -> None:
-        """Raises ValueError for an option that is not of the index's kind, which nothing would read."""
-        for name, value in vars(self).items():
-            owner = "ivf" if name in ("nlist", "nprobe") else "hnsw"
-            if owner != kind and value != getattr(FaissOptions, name):
-                raise ValueError(f"{name} is an option of kind {owner}, and the kind is {kind}; leave it out")
-
     def lists(self, count: int) -> tuple[int, int]:
         """nlist and nprobe for ``count`` vectors. Raises ValueError if nlist is more than there are vectors."""
         if self.nlist is not None and self.nlist > count:
