@@ -59,7 +59,7 @@ def evaluate(
         steps: Sampling steps of a bridged embedding; by default the run's own, as for the next three.
         num_samples: Samples averaged into a bridged embedding.
         solver: Solver: ddim, ddpm, dpmpp, sde_dpmpp, unipc or euler_flow.
-        guidance_scale: float | None; 1 is none.
+        guidance_scale: Guidance; 1 is none.
         alpha: Weight of the bridged cosines beside the plain one; the best on validation data if not given.
         beta: Weight of the likelihood ratio in "rerank"; the best on validation data if not given.
         candidates: Items of each query that "rerank" reorders.
