@@ -213,7 +213,10 @@ def table(rows: Sequence[Row]) -> list[str]:
 
 def summary(rows: Sequence[Row]) -> list[str]:
     """The extremes of every family on every chip."""
-    names = ("kernels", "faults", "registers", "spilled", "shared", "of", "tensor core", "load, at least", "occupancy")
+    names = (
+        *("kernels", "faults", "registers", "spilled", "shared", "chip's limit"),
+        *("tensor", "load, at least", "occupancy"),
+    )
     lines = ["| family | chip | " + " | ".join(names) + " |", "|---|---|" + "---:|" * len(names)]
     for family, chip in dict.fromkeys((row.family, row.chip) for row in rows):
         of = [row for row in rows if (row.family, row.chip) == (family, chip)]
@@ -251,25 +254,38 @@ def kib(size: int) -> str:
 
 
 _EXPLAINED = """\
-No GPU has run any of this. Registers, spills, shared memory, instructions, accesses and occupancy are *compiled*: they
-are read from the machine code that Triton {triton} makes of each kernel with each configuration that ships
-(`kernels/configs.py`), through ptxas or LLVM, or they follow from it and the chip's published limits. Times are
-*modelled*: the time of the slowest pipe of one GPU of the chip at its published rates, with instructions counted in the
-machine code (`benchmarks/work.py` has the rules). They are lower bounds, and a GPU may take much longer. `make gpu`
-times whole calls, and lists the modelled ones of `benchmarks/results` that were off by more than a quarter.
+No GPU has run any of this. Registers, spilled bytes, shared memory, instructions, accesses and occupancy are
+*compiled*: they are read from the machine code of each kernel with each configuration that ships
+(`kernels/configs.py`), or they follow from it and the chip's published limits. Triton {triton} compiles the kernels,
+through ptxas or LLVM, except those of the family `schedule`, which are CUDA C++ and compiled by nvcc.
+
+Times are *modelled*. A pipe is a part of the GPU with a rate of its own: the tensor cores (`tensor`), the special
+functions, FP32, integer, `load/store`, L2, `hbm` and the `launch` of a kernel. The time is that of the slowest pipe of
+one GPU of the chip at its published rates, with instructions counted in the machine code (`benchmarks/work.py` has the
+rules). Times are lower bounds, and a GPU may take much longer. `make gpu` times whole calls, and lists the modelled
+ones of `benchmarks/results` that were off by more than a quarter.
 
 The GPUs are
 
 {gpus}.
 
-Their rates were checked against the documents that `benchmarks/gpus.py` names. For MI300X and MI355X no document gives
-the rate of the special functions, so times that these bound are provisional.
+Their rates were checked against the documents that `benchmarks/gpus.py` names, some of them only as others quote them.
+For MI300X and MI355X no document gives the rate of the special functions, so times that these limit are provisional.
 
-Registers and spilled bytes are per thread, shared memory and warps per block. `tensor` names the tensor cores'
-instruction and counts it in the code, where a loop's body appears once. On NVIDIA's chips float32 has none,
-unless torch is told to multiply in TF32 (`tf32`); CDNA 4 has no TF32. `load` and `store` are the widest accesses of
-global memory by a thread. `occupancy` is the share of a multiprocessor's warps that can be resident at a time, and
-`limit` is what prevents more. float16 uses the kernels of bfloat16. Attention is compiled with all of its options.
+Registers and spilled bytes are per thread, shared memory and warps per block. `tensor` names the instruction of the
+tensor cores. Where it has a number, this counts it in the code, in which the body of a loop appears once. On NVIDIA's
+chips float32 has none, unless torch is told to multiply in TF32 (`tf32`); CDNA 4 has no TF32. `load` and `store` are
+the widest accesses of global memory by a thread. `occupancy` is the share of a multiprocessor's warps that can be
+resident at a time, and `limit` is what prevents more. float16 is compiled for `schedule` alone: the other families use
+the kernels of bfloat16 for it. Attention is compiled with all of its options.
+
+A fault is a spill, more shared memory than the chip gives a block, a product without the tensor-core instruction that
+its dtype should have, or an access of less than 16 bytes where a kernel should make one of 16.
+"""
+
+_OF_FAMILIES = """\
+For each family and chip the table has the most registers, spilled bytes and shared memory that a kernel takes, the
+shared memory that the chip gives a block, the smallest of the kernels' widest loads, and the range of occupancies.
 """
 
 
@@ -282,7 +298,8 @@ def _head(header: Mapping[str, Any], rows: Sequence[Row]) -> list[str]:
     lines += [_EXPLAINED.format(triton=header["versions"]["triton"], gpus=gpus)]
     if header["size"] == "ci":
         lines += ["Of sizes that share a configuration one is compiled (`--size ci`); `--size full` compiles all.", ""]
-    return [*lines, verdict, "", *(f"- {line}" for line in wrong), *([""] if wrong else []), *summary(rows)]
+    lines += [verdict, "", *(f"- {line}" for line in wrong), *([""] if wrong else []), _OF_FAMILIES]
+    return [*lines, *summary(rows)]
 
 
 def to_markdown(header: Mapping[str, Any], rows: Sequence[Row]) -> str:
@@ -299,13 +316,14 @@ def to_page(header: Mapping[str, Any], rows: Sequence[Row], results: str) -> str
     lines = [
         "# Every kernel on every chip",
         "",
+        "This page sums up what each kernel compiles to on each chip, with a lower bound of its time.",
         f"The rows of all configurations are in `benchmarks/results/{results}`.",
         "",
         *_head(header, rows),
         "## By kernel (compiled; times modelled)",
         "",
-        "The most that any configuration takes, the lowest occupancy, and the longest of the modelled calls in "
-        "bfloat16.",
+        "Registers and shared memory are the most that any configuration takes, and occupancy is the lowest. A call",
+        "is the one with the longest modelled time, in bfloat16 where the kernel has it.",
         "",
         *kernels_table(rows),
         _HOW_TO,
@@ -318,8 +336,8 @@ _HOW_TO = """\
 
 <!-- not run: needs a GPU, or compiles for minutes; tests/kernels compiles one row of equal ones -->
 
-    make gpu                                 # its tests, all benchmarks, and the modelled times against the measured
-    python -m benchmarks proof --chip sm_90  # the table above for one chip, every configuration; no GPU needed
+    make gpu                                 # its tests, all benchmarks, and the modelled times beside its own
+    python -m benchmarks proof --chip sm_90  # the rows of one chip, every configuration; no GPU needed
     python -m benchmarks tune                # times other configurations and prints the rows for kernels/configs.py
 
 If a change makes a kernel spill, lose its tensor-core instructions or take more shared memory than there is,

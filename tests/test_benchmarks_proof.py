@@ -291,6 +291,14 @@ def test_main_prints_and_writes(
     assert len(list(tmp_path.iterdir())) == 3
 
 
+def test_the_documents_are_made_from_the_newest_results() -> None:
+    path = max((proof.PAGE.parents[1] / "benchmarks" / "results").glob("proof-*.json"))
+    results = json.loads(path.read_text(encoding="utf-8"))
+    rows = [proof.Row(**{**row, "faults": tuple(row["faults"])}) for row in results["rows"]]
+    assert path.with_suffix(".md").read_text(encoding="utf-8") == proof.to_markdown(results["header"], rows)
+    assert proof.PAGE.read_text(encoding="utf-8") == proof.to_page(results["header"], rows, path.name)
+
+
 def test_main_fails_by_name(build: Build, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     argv = ("--chip", "sm_80", "--kernel", "similarity_ranks", "--size", "ci")
     code, _ = run(build, monkeypatch, *argv, spilled_bytes=12)
