@@ -6,7 +6,8 @@ VENV   ?= .venv
 STEPS  ?=
 MEDIA  ?= .media
 
-# Without EXTRAS, those of the environment that is there; in a new one, dev.
+# Without EXTRAS, an environment that exists keeps the extras it was installed with, which its stamp names; a new one
+# gets dev.
 EXTRAS ?= $(patsubst $(VENV)/.installed-%,%,$(firstword $(wildcard $(VENV)/.installed-*) dev))
 
 BIN       := $(VENV)/bin
