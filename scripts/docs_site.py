@@ -38,10 +38,11 @@ _FORMULA = re.compile(r'(<(span|div) class="arithmatex">)\\[(\[](.*?)\\[)\]](</\
 _FUNCTION = re.compile(r"<m([io])>([A-Za-z]{2,})</m\1>(?=((?:<mrow>)?<mo[^>]*>&#x00028;)?)")
 _OVERVIEW = """# Benchmarks
 
-Every table and picture here is made from the files in `benchmarks/results`. A peer's figure is its time divided by
-diffgap's, the least and the most over the cases of that operation: above 1 diffgap is faster. *Modelled* times are
-computed for a named GPU and were not measured. `copy`, and the parts of a call in tables of that name, are no peers:
-[How it is measured](method.md) says what each is, and has the rules.
+The table has all timings in `benchmarks/results`, one line for each operation in a file. A peer's figure is its time
+divided by diffgap's, from the least to the most over the cases of that operation: above 1 diffgap is faster. *Modelled*
+times are computed for a named GPU and were not measured. `copy` is not a peer, nor are the parts of a call, which are
+in the lines whose names end in `_parts`. [How it is measured](method.md) explains each name and has the rules. The
+other pages of this section are the results themselves, those of retrieval included.
 
 | operation | kind | cases | time of the peers in diffgap's | machine | date |
 |---|---|--:|---|---|---|
