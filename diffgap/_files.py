@@ -28,6 +28,10 @@ _WRONG_PATH = {
 }  # fmt: skip
 
 
+class UnwritableError(OSError, ValueError):
+    """An output's path that cannot be written to: bad input, found out from the operating system."""
+
+
 def check_writable(folder: str | os.PathLike[str], output: str | os.PathLike[str]) -> None:
     """Whether ``folder``, which need not exist yet, can be written to, found out by trying before the work is done.
 
@@ -36,7 +40,7 @@ def check_writable(folder: str | os.PathLike[str], output: str | os.PathLike[str
         output: What is to be written there, for its name and for the message.
 
     Raises:
-        ValueError: It cannot, and another path is needed.
+        UnwritableError: It cannot, and another path is needed.
     """
     output, place = Path(output), Path(folder)
     try:
@@ -46,7 +50,7 @@ def check_writable(folder: str | os.PathLike[str], output: str | os.PathLike[str
     except OSError as error:
         if error.errno not in _WRONG_PATH:
             raise
-        raise ValueError(
+        raise UnwritableError(
             f"output {_shortened(output)} cannot be written: {error.strerror}; choose another path"
         ) from error
 
