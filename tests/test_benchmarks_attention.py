@@ -217,7 +217,7 @@ def test_calls_table_compares_eager_with_native(capsys: pytest.CaptureFixture[st
     names = [f"{name} {direction}" for name in ("denoiser_block", "denoiser") for direction in DIRECTIONS]
     assert [row[0] for row in totals] == names
     assert all(0 < int(ours) < int(native) < int(eager) for _, eager, native, ours in totals)
-    # A block normalises twice and attends once; and where its linear layers are not ours, silu_mul is a call of its own.
+    # A block normalises twice and attends once; where its linear layers are not ours, silu_mul is a call of its own.
     assert totals[0][3] in ("3", "4")
     assert [str(sum(int(row[column]) for row in operations)) for column in (1, 2)] == totals[2][1:3]
 
