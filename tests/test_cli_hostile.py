@@ -228,7 +228,10 @@ def test_a_signal_in_mid_work(trained: Path, tmp_path: Path, number: signal.Sign
     while not (tmp_path / "run" / "metrics.jsonl").exists() and time.monotonic() < deadline:
         time.sleep(0.05)
     process.send_signal(number)
-    said = process.communicate(timeout=PATIENCE)[1].decode()
+    try:
+        said = process.communicate(timeout=PATIENCE)[1].decode()
+    finally:
+        process.kill()  # of a million steps
     assert process.returncode == status
     assert said.startswith(f"diffgap: {word}") and said.endswith("; run the same command again to resume\n")
     assert said.count("\n") == 1

@@ -24,9 +24,9 @@ Kind: TypeAlias = Literal["exact", "ivf", "hnsw"]
 
 _EXACT_FILE = "vectors.safetensors"
 _FAISS_FILE = "vectors.faiss"
-# What faiss's own k-means asks for: no fewer vectors for a list, and no more are looked at.
 #: Far beyond use; faiss would run out of memory, or take another number than was given.
 _MOST = {"nlist": 2**24, "nprobe": 2**24, "m": 1024, "ef_construction": 2**24, "ef_search": 2**24}
+# What faiss's own k-means asks for: no fewer vectors for a list, and no more are looked at.
 _MIN_PER_LIST, _MAX_PER_LIST = 39, 256
 
 
