@@ -67,9 +67,9 @@ def search(
     media = MediaFiles(opened.store, root, recordings=meta.data.path in BUNDLED)
     console = Console()
     if serve:
-        for modality in encoders.specs:
-            encoders.build(modality)
-        with SearchServer(opened, encoders, media, port) as server:
+        with SearchServer(opened, encoders, media, port) as server:  # first, as the encoders may take a minute
+            for modality in encoders.specs:
+                encoders.build(modality)
             console.print(f"serving {server.url} (to this machine only); Ctrl-C ends it", markup=False, soft_wrap=True)
             with contextlib.suppress(KeyboardInterrupt):
                 server.serve_forever()

@@ -41,7 +41,11 @@ _BLOCK = 1 << 16
 
 
 class SearchServer(ThreadingHTTPServer):
-    """Serves one index; ``serve_forever()`` until interrupted. ``port`` 0 takes a free one."""
+    """Serves one index; ``serve_forever()`` until interrupted. ``port`` 0 takes a free one.
+
+    Raises:
+        OSError: The port is in use, or may not be used.
+    """
 
     daemon_threads = True
 
@@ -49,7 +53,11 @@ class SearchServer(ThreadingHTTPServer):
         self.index, self.encoders, self.media = index, encoders, media
         # Tokenizers, decoders and kernels use all cores each, and not all of them are fit for several threads.
         self._one_at_a_time = threading.Lock()
-        super().__init__(("127.0.0.1", port), _Handler)
+        try:
+            super().__init__(("127.0.0.1", port), _Handler)
+        except OSError as error:
+            reason = (error.strerror or str(error)).lower()
+            raise OSError(f"port {port} cannot be served: {reason}; use another, or 0 for a free one") from error
 
     @property
     def url(self) -> str:

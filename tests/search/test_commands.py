@@ -19,7 +19,7 @@ from diffgap.search.check import check_index
 from diffgap.search.index import SearchIndex, build_index
 from diffgap.search.vectors import FaissOptions
 from tests.helpers import run
-from tests.search.conftest import ENCODERS, Workshop
+from tests.search.conftest import ENCODERS, Workshop, serving
 
 
 def test_from_a_run_to_results(workshop: Workshop, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -111,6 +111,14 @@ def test_the_page_is_served_until_interrupted(workshop: Workshop) -> None:
             assert (process.wait(30), process.stderr.read() if process.stderr else "") == (0, "")
         finally:
             process.kill()
+
+
+def test_a_port_in_use_is_named(workshop: Workshop, capsys: pytest.CaptureFixture[str]) -> None:
+    with serving(workshop) as other:
+        assert run("search", workshop.index, "--serve", "--port", other.server_port) == 1
+    line = capsys.readouterr().err
+    assert f"port {other.server_port} cannot be served: address already in use; use another" in line
+    assert line.count("\n") == 1
 
 
 @pytest.mark.parametrize("kind", ["exact", "ivf", "hnsw"])
