@@ -78,6 +78,21 @@ def contrastive(
     return given
 
 
+def softmax_terms(
+    logit_scale: float, rows: int, columns: int, ids: tuple[Tensor, Tensor] | None, features: Sequence[str]
+) -> dict[str, float]:
+    """Norms of what the gradients of softmax losses sum, if they are means over rows: see :func:`compare`.
+
+    Row i of n that have a positive has the gradient ``logit_scale / n * sum_j (softmax_ij - target_ij) b_j``, and the
+    scale that of ``1 / n * sum_j (softmax_ij - target_ij) <a_i, b_j>``. Both factors are probabilities, and all rows of
+    norm 1, so that the terms of a row have a sum of at most ``2 logit_scale / n``.
+    """
+    valid = min(rows, columns)
+    if ids is not None:
+        valid = min(int(torch.isin(x, y).sum()) for x, y in (ids, ids[::-1]))
+    return dict.fromkeys(features, 2 * logit_scale / max(valid, 1) ** 0.5) | {"logit_scale": 2.0, "output": 2.0}
+
+
 def _tuple(outputs: Any) -> tuple[Tensor, ...]:
     return tuple(outputs) if isinstance(outputs, tuple) else (outputs,)
 
@@ -104,13 +119,14 @@ def compare(
     options: Mapping[str, Any] | None = None,
     *,
     backward: bool = True,
-    terms: float = 0.0,
+    terms: Mapping[str, float] | None = None,
 ) -> None:
     """Assert the accuracy contract of outputs and gradients, and that the inputs are left as they were.
 
-    The oracle is the eager reference in float64. ``terms`` is as in :func:`assert_equal_enough`.
+    The oracle is the eager reference in float64. ``terms`` has those of :func:`assert_equal_enough` for the gradient of
+    an input by its name, and for outputs by ``"output"``.
     """
-    options = options or {}
+    options, terms = options or {}, terms or {}
     learned = [name for name, x in tensors.items() if backward and isinstance(x, Tensor) and x.is_floating_point()]
     before = {name: x.clone() for name, x in tensors.items() if isinstance(x, Tensor)}
     actual = _results(op, tensors, options, learned)
@@ -122,8 +138,9 @@ def compare(
         )
     for name, x in before.items():
         assert torch.equal(x.nan_to_num(), tensors[name].nan_to_num()), f"{name} was changed"
-    for mine, plain, exact, *float32 in zip(actual, eager, oracle, *others, strict=True):
-        assert_equal_enough(mine, plain, exact, float32, terms)
+    names = ["output"] * (len(actual) - len(learned)) + learned
+    for name, mine, plain, exact, *float32 in zip(names, actual, eager, oracle, *others, strict=True):
+        assert_equal_enough(mine, plain, exact, float32, terms.get(name, 0.0))
 
 
 def widened(x: Any, dtype: torch.dtype = torch.float64) -> Any:
@@ -163,9 +180,9 @@ def assert_equal_enough(
     What is not finite must be the same in ``plain``, the reference in the inputs' own dtype, which overflows where
     float64 (``exact``) does not. Random cases may be so ill-conditioned that float32 cannot keep the contract. Then the
     result may be four times as far from ``exact`` as the farthest of ``float32``, the references of
-    :data:`FLOAT32_CHANGES`, in half precision after one rounding of its own. Of a scalar that sums terms of a size up
-    to ``terms``, and in which they cancel to a hundredth or less, those say little; it may have four roundings of a
-    term.
+    :data:`FLOAT32_CHANGES`, in half precision after one rounding of its own. Of a sum of terms of a norm up to
+    ``terms``, which cancel to a hundredth or less, those say little, because what they change need not reach it: the
+    gradient of rows that are compared with equal ones is 0 for any inputs. It may have four roundings of its terms.
     """
     assert mine.dtype == plain.dtype and mine.shape == plain.shape
     if not mine.is_floating_point():
@@ -177,7 +194,7 @@ def assert_equal_enough(
     allowed = 4 * max(distance(x[finite], exact) for x in float32) + NOTHING[mine.dtype] * mine.numel()
     if mine.dtype != torch.float32:
         allowed += torch.finfo(mine.dtype).eps / 2 * exact.norm().item()
-    if mine.numel() == 1 and abs(exact.item()) <= terms / 100:
+    if exact.norm().item() <= terms / 100:
         allowed += 4 * torch.finfo(torch.float32).eps * terms
     if not distance(mine, exact) <= allowed:
         assert_close_to_oracle(mine, exact, plain)

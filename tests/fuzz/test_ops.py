@@ -12,7 +12,17 @@ from diffgap.losses import ClipLoss, SigLipLoss
 from diffgap.ops.q_sample import TARGETS
 from diffgap.ops.solver_step import COLUMNS
 from tests.fuzz.budget import fuzzed
-from tests.fuzz.tensors import DTYPES, MAGNITUDES, SIZES, WIDTHS, compare, contrastive, id_tensors, tensors
+from tests.fuzz.tensors import (
+    DTYPES,
+    MAGNITUDES,
+    SIZES,
+    WIDTHS,
+    compare,
+    contrastive,
+    id_tensors,
+    softmax_terms,
+    tensors,
+)
 
 DATA = st.data()
 SEEDS = st.sampled_from((0, 1, -1, 2**63 - 1, -(2**63), 6364136223846793005))
@@ -51,11 +61,6 @@ def test_attention(data: Any, dtype: torch.dtype, batch: int, queries: int, keys
     compare(ops.attention, given, options, backward=width > 1 or not normed)
 
 
-def terms(rows: int, reduction: str = "mean") -> float:
-    """What the gradient of a scale sums: at most 2 a row, as no similarity is above 1."""
-    return 2.0 * (rows if reduction != "mean" else 1)
-
-
 LOSS = {
     "data": DATA,
     "dtype": DTYPES,
@@ -76,12 +81,11 @@ def test_clip_loss(
     options["one_sided"] = one_sided or (more > 0 and ("ids_a" not in given or options["reduction"] == "none"))
     if options["one_sided"] and "ids_a" not in given:
         options["label_offset"] = data.draw(st.integers(0, more))
-    compare(
-        ops.clip_loss,
-        {**given, "logit_scale": torch.tensor(logit_scale)},
-        options,
-        terms=terms(rows, options["reduction"]),
-    )
+    ids = (given["ids_a"], given["ids_b"]) if "ids_a" in given else None
+    terms = softmax_terms(logit_scale, rows, rows + more, ids, ("a", "b"))
+    if options["reduction"] != "mean":
+        terms = {name: rows * size for name, size in terms.items()}
+    compare(ops.clip_loss, {**given, "logit_scale": torch.tensor(logit_scale)}, options, terms=terms)
 
 
 @fuzzed(80, **LOSS, logit_bias=st.sampled_from((0.0, -10.0, 50.0)))
@@ -99,12 +103,8 @@ def test_siglip_loss(
     if "ids_a" not in given:
         options["label_offset"] = data.draw(st.one_of(st.none(), st.integers(0, more)))
     scalars = {"logit_scale": torch.tensor(logit_scale), "logit_bias": torch.tensor(logit_bias)}
-    compare(
-        ops.siglip_loss,
-        {**given, **scalars},
-        options,
-        terms=terms(rows, options["reduction"]),
-    )
+    size = 2.0 * (rows if options["reduction"] != "mean" else 1)  # of a row, as no similarity is above 1
+    compare(ops.siglip_loss, {**given, **scalars}, options, terms=dict.fromkeys((*scalars, "output"), size))
 
 
 @fuzzed(30, data=DATA, dtypes=st.tuples(DTYPES, DTYPES), rows=SIZES, width=WIDTHS, chunk_size=st.integers(0, 40))
@@ -117,8 +117,9 @@ def test_losses_of_open_clips_form(
         "text_features": pair["b"].to(dtypes[1]),
         "logit_scale": torch.tensor(100.0),
     }
-    compare(ClipLoss(), given, terms=terms(rows))
-    compare(SigLipLoss(chunk_size=chunk_size), {**given, "logit_bias": torch.tensor(-10.0)}, terms=terms(rows))
+    compare(ClipLoss(), given, terms=softmax_terms(100.0, rows, rows, None, ("image_features", "text_features")))
+    scalars = dict.fromkeys(("logit_scale", "logit_bias", "output"), 2.0)
+    compare(SigLipLoss(chunk_size=chunk_size), {**given, "logit_bias": torch.tensor(-10.0)}, terms=scalars)
 
 
 @fuzzed(30, data=DATA, rows=SIZES, inner=WIDTHS, outer=WIDTHS, large=st.booleans(), bias=st.booleans())

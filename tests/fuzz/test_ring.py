@@ -13,7 +13,16 @@ from torch import Tensor
 from diffgap.ops import backend
 from tests.fuzz.budget import fuzzed
 from tests.fuzz.ring_ranks import RANKS, Ranks
-from tests.fuzz.tensors import DTYPES, FLOAT32_CHANGES, LAYOUTS, assert_equal_enough, contrastive, laid_out, widened
+from tests.fuzz.tensors import (
+    DTYPES,
+    FLOAT32_CHANGES,
+    LAYOUTS,
+    assert_equal_enough,
+    contrastive,
+    laid_out,
+    softmax_terms,
+    widened,
+)
 from tests.ring_oracle import from_whole_batch
 
 ROWS = st.one_of(st.integers(0, 5), st.sampled_from((15, 16, 17, 33)))
@@ -76,14 +85,17 @@ def test_ring_losses(
             _flat(from_whole_batch(loss, list(map(change, inputs)), ids, (rows_a, rows_b), upstream))
             for change in (Tensor.detach, widened, *FLOAT32_CHANGES)
         )
-    terms = 2.0 * world  # the gradient of a scale for a row is at most this
+    # Together the ranks have their number of times the mean over all rows.
+    size = {x: world * y for x, y in softmax_terms(logit_scale, sum(rows_a), sum(rows_b), ids, ("a", "b")).items()}
+    if loss == "siglip":
+        size |= {"a": 0.0, "b": 0.0}
     for index in (0, -1):
         mine = torch.stack([x[index] for x in found])
-        assert_equal_enough(mine, plain[0], exact[0], [x[0] for x in float32], terms)
-    for index, y in enumerate(exact[1:], 1):
+        assert_equal_enough(mine, plain[0], exact[0], [x[0] for x in float32], size["output"])
+    for index, name in enumerate(("a", "b", "logit_scale", "logit_bias")[: len(inputs)], 1):
         parts = [answer[index] for answer in found]
-        mine = torch.cat(parts) if y.ndim else torch.stack(parts).sum()
-        assert_equal_enough(mine, plain[index], y, [x[index] for x in float32], terms)
+        mine = torch.cat(parts) if exact[index].ndim else torch.stack(parts).sum()
+        assert_equal_enough(mine, plain[index], exact[index], [x[index] for x in float32], size.get(name, 2.0 * world))
 
 
 def _flat(results: tuple[Sequence[Tensor], Sequence[Tensor]]) -> list[Tensor]:
