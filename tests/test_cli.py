@@ -278,6 +278,14 @@ def test_saved_model_without_data(refused: Callable[..., str], trained: Path, tm
     assert "data is not given" in said
 
 
+def test_samples_do_not_replace_what_they_are_made_from(refused: Callable[..., str], trained: Path) -> None:
+    store, before = trained / "store", len(EmbeddingStore.open(trained / "store"))
+    for data in ([], ["--data", trained / "run" / ".." / "store"]):
+        said = refused("sample", trained / "run", "text", "audio", store, "--overwrite", *data)
+        assert "store is the store that is bridged; choose another path" in said
+    assert len(EmbeddingStore.open(store)) == before
+
+
 def test_mismatched_counts(refused: Callable[..., str], tmp_path: Path) -> None:
     np.save(tmp_path / "audio.npy", np.random.default_rng(0).normal(size=(6, 4)))
     (tmp_path / "rows.csv").write_text("id\na\nb\n")

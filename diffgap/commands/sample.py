@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Literal
 
 from rich.console import Console
@@ -47,9 +48,11 @@ def sample(
         overwrite: Replace an existing output.
     """
     from diffgap.data.store import check_replaceable, write_store
-    from diffgap.training.runs import bridge_embeddings
+    from diffgap.training.runs import bridge_embeddings, data_to_bridge
 
     check_replaceable(output, overwrite=overwrite)
+    if output.exists() and output.resolve() == Path(data_to_bridge(run, data).path).resolve():
+        raise ValueError(f"output {output} is the store that is bridged; choose another path")
     store = bridge_embeddings(
         run, source, target, data=data, split=split, num_samples=num_samples, seed=seed,
         frames=frames, steps=steps, solver=solver, guidance_scale=guidance_scale,

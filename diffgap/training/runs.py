@@ -60,6 +60,19 @@ def load_bridge(path: Path) -> DiffGAP:
     return DiffGAP.from_pretrained(path).eval() if saved_alone else load_run(path)[0]
 
 
+def data_to_bridge(run: Path, data: str = "") -> DataConfig:
+    """The store or bundled set ``data``, or the run's own data for "".
+
+    Raises ValueError for "" and a folder of :meth:`DiffGAP.save_pretrained`, which names no data.
+    """
+    saved_alone = (run / "config.json").is_file()
+    own_data = DataConfig(path="") if saved_alone else RunConfig.load(run / "config.yaml").data
+    named = replace(own_data, path=data, modalities=()) if data else own_data
+    if not named.path:
+        raise ValueError(f"data is not given, and {run} is a saved model, not a run; name a store or a .npy file")
+    return named
+
+
 def bridge_embeddings(
     run: Path,
     source: str,
@@ -88,18 +101,13 @@ def bridge_embeddings(
         the input's group, caption and split.
     """
     model = load_bridge(run)
-    saved_alone = (run / "config.json").is_file()
-    own_data = DataConfig(path="") if saved_alone else RunConfig.load(run / "config.yaml").data
     for role, name in (("source", source), ("target", target)):
         if name not in model.modalities:
             raise ValueError(f"{role} {name!r} is unknown to the bridge in {run}; it has {', '.join(model.modalities)}")
     if data.endswith(".npy"):
         inputs = read_npy(Path(data), source)
     else:
-        named = replace(own_data, path=data, modalities=()) if data else own_data
-        if not named.path:
-            raise ValueError(f"data is not given, and {run} is a saved model, not a run; name a store or a .npy file")
-        inputs = load_data(named)
+        inputs = load_data(data_to_bridge(run, data))
         inputs = inputs if split == "all" else inputs.split(split)
     if source not in inputs.modalities:
         raise ValueError(f"source {source!r} is not in the data; it has {', '.join(inputs.modalities)}")
