@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,8 +15,8 @@ import torch
 from benchmarks.cases import Case
 from benchmarks.machine import header
 from benchmarks.memory import keep_freed_memory
-from benchmarks.report import save, to_markdown
-from benchmarks.runner import Result, run_case
+from benchmarks.report import save, to_json, to_markdown, write
+from benchmarks.runner import Result, in_one_line, run_case
 from benchmarks.timing import Budget, Clock, CpuClock, CudaClock
 
 #: One module of this package each, with a function ``cases(size)``.
@@ -85,7 +85,12 @@ def main(argv: Sequence[str]) -> int:
     clock = CudaClock() if device.type == "cuda" else CpuClock(args.threads)
     description = header(device, clock, argv, (peer.install for case in cases for peer in case.peers))
     budget = Budget(args.seconds or _SECONDS[args.size], limit_seconds=_LIMIT_SECONDS[args.size])
-    result = run(cases, device, clock, budget)
+
+    def keep(result: Result) -> None:
+        if args.json is not None:
+            write(args.json, to_json(description, result), to_markdown(description, result))
+
+    result = run(cases, device, clock, budget, keep)
     print(to_markdown(description, result))
     if args.json is not None:
         for path in save(args.json, description, result):
@@ -93,13 +98,29 @@ def main(argv: Sequence[str]) -> int:
     return 1 if result.failures else 0
 
 
-def run(cases: Sequence[Case], device: torch.device, clock: Clock, budget: Budget) -> Result:
-    """Run the cases one after another, with a line of progress for each on stderr."""
+def run(
+    cases: Sequence[Case],
+    device: torch.device,
+    clock: Clock,
+    budget: Budget,
+    keep: Callable[[Result], object] = lambda _: None,
+) -> Result:
+    """Run the cases one after another, with a line of progress for each on stderr.
+
+    A case that cannot be run, for want of memory for its oracle perhaps, is a failure and ends no other. ``keep`` is
+    given what is known after every case: nothing is lost if the command is stopped.
+    """
     result = Result()
     for number, case in enumerate(cases, 1):
         start = time.perf_counter()
-        outcome = run_case(case, device, clock, budget)
+        try:
+            outcome = run_case(case, device, clock, budget)
+        except Exception as error:
+            outcome = Result(failures=[f"{case.name}: {in_one_line(error)}"])
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
         result.extend(outcome)
+        keep(result)
         took = time.perf_counter() - start
         progress = f"[{number}/{len(cases)}] {case.name}: {took:.1f} s"
         print(progress, *outcome.failures, sep="\n  ", file=sys.stderr)

@@ -115,6 +115,11 @@ def run_case(case: Case, device: torch.device, clock: Clock, budget: Budget) -> 
     return result
 
 
+def in_one_line(error: Exception) -> str:
+    """What a failure says of it."""
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+
+
 def _check(case: Case, inputs: Inputs, device: torch.device, result: Result) -> tuple[dict[str, Run], int]:
     """The implementations whose outputs are right, and the bytes ours must read and write.
 
@@ -141,7 +146,7 @@ def _check(case: Case, inputs: Inputs, device: torch.device, result: Result) -> 
                 contract = eager if name in (OURS, "compile") else None
                 reason = mismatch(outputs, own or expected, contract, case.dtype)
         except Exception as error:  # any failure of one implementation leaves the others to be measured
-            reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+            reason = in_one_line(error)
         else:
             eager = outputs if name == "eager" else eager
             traffic = floors.traffic_bytes(cases.tensors(inputs), outputs, case.dtype) if name == OURS else traffic

@@ -501,6 +501,27 @@ def test_main_exits_non_zero_after_a_failure(
     assert "Failures" in capsys.readouterr().out
 
 
+def test_a_case_without_memory_loses_no_other(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def too_large(device: torch.device) -> cases.Inputs:
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 96 GiB")
+
+    path = tmp_path / "run.json"
+    kept: list[int] = []
+
+    def stopped(device: torch.device) -> cases.Inputs:
+        kept.append(len(json.loads(path.read_text())["rows"]))
+        raise KeyboardInterrupt
+
+    several = [replace(toy_case(), inputs=too_large, name="large"), toy_case(), replace(toy_case(), inputs=stopped)]
+    monkeypatch.setitem(sys.modules, "benchmarks.schedule", SimpleNamespace(cases=lambda size: several))
+    with pytest.raises(KeyboardInterrupt):
+        main(["schedule", "--seconds", "0.01", "--json", str(path), "--threads", "1"])
+    assert kept == [3] and len(json.loads(path.read_text())["rows"]) == 3
+    assert json.loads(path.read_text())["failures"] == ["large: OutOfMemoryError: CUDA out of memory."]
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
