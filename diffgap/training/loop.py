@@ -236,14 +236,19 @@ class TrainingLoop(ABC, Generic[Model]):
             self.report(progress.step, values)
 
     def _validate(self, progress: _Progress) -> dict[str, float]:
-        """Score the averaged model and keep it if it is the best so far."""
+        """Score the averaged model and keep it if none before was better: of equal ones the one trained longest.
+
+        The heads' score may be at its limit long before the diffusion has learned anything.
+        """
         averaged = self.averaged
         # One process decides, lest rounding let them disagree on when to stop.
         found = [self.score(averaged) if self.accelerator.is_main_process else None]
         scores: dict[str, float] = broadcast_object_list(found)[0]
         progress.stale += 1
         if scores["score"] > progress.best_score:
-            progress.best_step, progress.best_score, progress.stale = progress.step, scores["score"], 0
+            progress.stale = 0
+        if scores["score"] >= progress.best_score:
+            progress.best_step, progress.best_score = progress.step, scores["score"]
             if self.accelerator.is_main_process:
                 with explained(self.folder):
                     averaged.save_pretrained(self.folder / "model")

@@ -104,12 +104,23 @@ def test_a_finished_run_is_not_trained_again(tmp_path: Path) -> None:
 def test_early_stop_and_best_model(tmp_path: Path) -> None:
     config = make_config("memory", steps=20, eval_every=1, checkpoint_every=20, patience=2)
     config = with_bridge(config, heads_first=0.0)
-    result = train(config, tmp_path / "run", validate=rising([0.1, 0.3, 0.2, 0.3, 9.0]))
+    result = train(config, tmp_path / "run", validate=rising([0.1, 0.3, 0.2, 0.25, 9.0]))
     assert (result.step, result.best_step, result.best_score) == (4, 2, 0.3)
     saved = load_file(tmp_path / "run" / "model" / "model.safetensors")
     newest = load_file(tmp_path / "run" / "checkpoints" / "step-00000004" / "ema.safetensors")
     assert any(not torch.equal(saved[name], newest[f"module.{name}"]) for name in saved)
     assert train(config, tmp_path / "run", validate=rising([])).step == 4
+
+
+def test_of_equal_scores_the_model_trained_longest_is_kept(tmp_path: Path) -> None:
+    """But equal is not better: patience runs out as it would have."""
+    config = make_config("memory", steps=20, eval_every=1, checkpoint_every=20, patience=2)
+    config = with_bridge(config, heads_first=0.0)
+    result = train(config, tmp_path / "run", validate=rising([0.1, 0.3, 0.3, 0.3, 9.0]))
+    assert (result.step, result.best_step, result.best_score) == (4, 4, 0.3)
+    saved = load_file(tmp_path / "run" / "model" / "model.safetensors")
+    newest = load_file(tmp_path / "run" / "checkpoints" / "step-00000004" / "ema.safetensors")
+    assert all(torch.equal(saved[name], newest[f"module.{name}"]) for name in saved)
 
 
 def test_heads_first_then_the_diffusion_of_frozen_heads(tmp_path: Path) -> None:
