@@ -304,7 +304,8 @@ def product_kind(x: Tensor) -> Product:
     """How the rows of ``x`` are multiplied; float32 in TF32 only where torch is told so and the chip has it."""
     if x.dtype != torch.float32:
         return "half"
-    if torch.get_float32_matmul_precision() == "highest":
+    # torch.get_float32_matmul_precision() raises once a program has used torch's newer settings; this knows both.
+    if torch.backends.cuda.matmul.fp32_precision != "tf32":
         return "ieee"
     lacks = torch.version.hip is not None and x.is_cuda and "tf32" not in CONFIGS[chip_of(x)].contrastive
     return "ieee" if lacks else "tf32"

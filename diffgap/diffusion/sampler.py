@@ -136,14 +136,15 @@ class SamplingLoop:
         Worth it for several batches where launches cost more than the network computes. The model must not
         synchronise with the host, and what it reads must stay where it is.
         """
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # lets libraries allocate and kernels compile outside the capture
-            self._run(None, draws=True)
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self._recorded = self._run(None, draws=True)
+        with torch.cuda.device(self._seeds.device):  # a stream of another device would record nothing
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):  # lets libraries allocate and kernels compile outside the capture
+                self._run(None, draws=True)
+            torch.cuda.current_stream().wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                self._recorded = self._run(None, draws=True)
         self._graph = graph
 
     @torch.no_grad()

@@ -56,18 +56,33 @@ def _load(stem: str, needs: str, package: Path = _PACKAGE) -> str | None:
     return None
 
 
+def _gpu_obstacle() -> str | None:
+    """Why no kernel can run on the GPUs here, or ``None``: none is visible, or one is too old."""
+    if not torch.cuda.is_available():
+        return "no CUDA device is visible"
+    if torch.version.hip is not None:
+        return None
+    capabilities = [torch.cuda.get_device_capability(device) for device in range(torch.cuda.device_count())]
+    if (oldest := min(capabilities)) >= (8, 0):
+        return None
+    return (
+        f"the kernels need compute capability 8.0, and a visible GPU has {oldest[0]}.{oldest[1]}; "
+        "leave it out of CUDA_VISIBLE_DEVICES, or use the eager backend"
+    )
+
+
 _check_torch(torch.__version__)
 
 #: Why the C++ CPU kernels cannot run here, or ``None``.
 CPU_MISSING = _load("_C_cpu", "a C++20 compiler")
 
 #: Why the CUDA kernels cannot run here, or ``None``. Loaded only where there is a GPU.
-CUDA_MISSING = _load("_C_cuda", "nvcc") if torch.cuda.is_available() else "no CUDA device is visible"
+CUDA_MISSING = _gpu_obstacle() or _load("_C_cuda", "nvcc")
 
 
 def _triton_obstacle() -> str | None:
-    if not torch.cuda.is_available():
-        return "no CUDA device is visible"
+    if obstacle := _gpu_obstacle():
+        return obstacle
     return None if find_spec("triton") else "triton is not installed; run: pip install triton"
 
 

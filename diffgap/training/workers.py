@@ -11,6 +11,7 @@ import traceback
 from collections import deque
 from collections.abc import Callable, Iterable
 from multiprocessing.connection import Connection, wait
+from multiprocessing.context import ForkServerContext, SpawnContext
 from multiprocessing.process import BaseProcess
 from typing import TypeVar
 
@@ -28,8 +29,8 @@ def run_apart(
 ) -> None:
     """Call ``work(task, *shared)`` for every task, ``jobs`` at a time, one thread each.
 
-    The processes end with this one, however it ends. They are forks of a server that has imported torch but computed
-    nothing: quick to start, and without the locks that a fork of a busy process may inherit.
+    The processes end with this one, however it ends. Without a GPU they are forks of a server that has imported torch
+    but computed nothing: quick to start, and without the locks that a fork of a busy process may inherit.
 
     Args:
         work: A function of a module; safe to be killed at any moment.
@@ -40,9 +41,7 @@ def run_apart(
         ValueError: ``jobs`` is below 1.
     """
     check_jobs(jobs)
-    context = multiprocessing.get_context("forkserver")
-    # The first optimizer of a process imports torch._dynamo, which takes as long as torch itself.
-    context.set_forkserver_preload([work.__module__, "torch._dynamo"])
+    context = _context(work.__module__)
     waiting = deque(tasks)
     running: dict[int, tuple[BaseProcess, Connection, T]] = {}
     try:
@@ -65,6 +64,15 @@ def run_apart(
             process.kill()
             process.join()
             receiver.close()
+
+
+def _context(module: str) -> SpawnContext | ForkServerContext:
+    if torch.cuda.is_available():  # importing diffgap asks CUDA, which then refuses to work in a fork
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    # The first optimizer of a process imports torch._dynamo, which takes as long as torch itself.
+    context.set_forkserver_preload([module, "torch._dynamo"])
+    return context
 
 
 def check_jobs(jobs: int) -> None:

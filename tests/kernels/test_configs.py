@@ -138,8 +138,8 @@ def test_the_chip_of_an_amd_device(name: str, chip: str, product: str, monkeypat
     x = SimpleNamespace(device="cuda:0", dtype=torch.float32, is_cuda=True)
     monkeypatch.setattr(torch.version, "hip", "7.0")
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(gcnArchName=name))
-    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
+    monkeypatch.setattr(torch.backends.cuda, "matmul", SimpleNamespace(fp32_precision="tf32"))
     assert configs.chip_of(x) == chip and configs.product_kind(x) == product
     assert configs.product_kind(SimpleNamespace(dtype=torch.bfloat16, is_cuda=True)) == "half"
-    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "highest")
+    monkeypatch.setattr(torch.backends.cuda, "matmul", SimpleNamespace(fp32_precision="ieee"))
     assert configs.product_kind(x) == "ieee"

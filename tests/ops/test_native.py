@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import diffgap
 from diffgap._version import __version__
@@ -128,7 +129,23 @@ def test_doctor_repeats_what_is_wrong_with_torch(torch: str, said: str) -> None:
     assert line.startswith("diffgap: ") and line.endswith(said)
 
 
+def gpus(monkeypatch: pytest.MonkeyPatch, *capabilities: tuple[int, int]) -> None:
+    """As if there were one GPU of each compute capability."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capabilities[device])
+
+
+def test_a_gpu_that_is_too_old_leaves_its_tensors_to_eager(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpus(monkeypatch, (9, 0), (7, 5))
+    reason = _native._triton_obstacle()
+    assert reason is not None and reason == _native._gpu_obstacle()
+    assert "a visible GPU has 7.5" in reason and "CUDA_VISIBLE_DEVICES" in reason
+    gpus(monkeypatch, (9, 0), (8, 0))
+    assert _native._gpu_obstacle() is None
+
+
 def test_gpu_without_triton_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_native.torch.cuda, "is_available", lambda: True)
+    gpus(monkeypatch, (9, 0))
     monkeypatch.setitem(sys.modules, "triton", None)
     assert _native._triton_obstacle() == "triton is not installed; run: pip install triton"

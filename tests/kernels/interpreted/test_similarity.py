@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -171,8 +172,8 @@ def test_similarity_topk_in_blocks_of_queries(monkeypatch: pytest.MonkeyPatch) -
 
 def test_scores_are_multiplied_as_torch_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     single, half = torch.zeros(1), torch.zeros(1, dtype=torch.bfloat16)
-    for setting, kind in [("highest", "ieee"), ("high", "tf32"), ("medium", "tf32")]:
-        monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda setting=setting: setting)
+    for setting, kind in [("none", "ieee"), ("ieee", "ieee"), ("tf32", "tf32")]:
+        monkeypatch.setattr(torch.backends.cuda, "matmul", SimpleNamespace(fp32_precision=setting))
         assert configs.product_kind(single) == kind and configs.product_kind(half) == "half"
         assert TILE.options(single)["PRECISION"] == kind
 
