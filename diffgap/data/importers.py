@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import tokenize
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -164,8 +165,8 @@ def _open_npy(path: Path) -> np.ndarray[Any, Any]:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except FileNotFoundError:
         raise FileNotFoundError(f"{path} does not exist; check the path") from None
-    except (ValueError, OSError, EOFError) as error:
-        raise ValueError(f"{path}: not a readable .npy file ({str(error).splitlines()[0]})") from error
+    except (ValueError, OSError, EOFError, SyntaxError, tokenize.TokenError) as error:  # numpy parses the header
+        raise ValueError(f"{path}: not a readable .npy file ({' '.join(str(error).split())})") from error
     if not isinstance(array, np.ndarray) or array.dtype.kind != "f" or array.ndim not in (2, 3):
         got = f"{array.dtype} {array.shape}" if isinstance(array, np.ndarray) else type(array).__name__
         raise ValueError(f"{path}: expected floats of shape (R, D) or (R, T, D); got {got}")

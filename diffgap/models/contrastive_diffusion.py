@@ -177,7 +177,9 @@ class ContrastiveDiffusion(nn.Module):
         if cuda_graph and (callback is not None or device.type != "cuda"):
             reason = f"z is on {device}" if callback is None else "a callback needs the host at every step"
             raise ValueError(f"cuda_graph: {reason}; leave it False")
-        table = build_solver(solver or self.settings.solver, self.schedule, steps or self.settings.sampling_steps)
+        table = build_solver(
+            solver or self.settings.solver, self.schedule, self.settings.sampling_steps if steps is None else steps
+        )
         scale = self.settings.guidance_scale if guidance_scale is None else guidance_scale
         guidance = None if scale == 1 else Guidance(scale)
         scaler, num_samples = self.scaler(target), seeds.shape[1]

@@ -55,6 +55,11 @@ def write_shards(folder: Path, sizes: tuple[int, ...] = (4, 1, 3), *, key: bool 
     return images
 
 
+def damage_header(path: Path, old: bytes, new: bytes) -> None:
+    """Change the Python literal that describes an array."""
+    path.write_bytes(path.read_bytes().replace(old, new.rjust(len(old)), 1))
+
+
 def test_import_npy_folder(npy_folder: Path, tmp_path: Path) -> None:
     import_npy(npy_folder, tmp_path / "store", group="clip", split=(0.5, 0.25, 0.25))
     store = EmbeddingStore.open(tmp_path / "store")
@@ -145,6 +150,8 @@ def test_assign_splits_bad_fractions(fractions: tuple[float, ...]) -> None:
         (lambda f: np.save(f / "audio.npy", AUDIO[0]), {}, ValueError, r"got float32 \(4,\)"),
         (lambda f: np.save(f / "audio.npy", np.array([{}])), {}, ValueError, "not a readable .npy file"),
         (lambda f: (f / "audio.npy").write_bytes(b"\x93NUM"), {}, ValueError, "not a readable .npy file"),
+        (lambda f: damage_header(f / "audio.npy", b"}", b" "), {}, ValueError, "not a readable .npy file"),
+        (lambda f: damage_header(f / "audio.npy", b"'fortran", b"fortran"), {}, ValueError, "not a readable .npy"),
         (lambda f: np.save(f / "audio.npy", AUDIO * np.nan), {}, ValueError, "6 of 6 embeddings are NaN"),
         (lambda f: np.save(f / "Audio 2.npy", AUDIO), {}, ValueError, "modality name 'Audio 2'"),
         (lambda f: (f / "b.csv").touch(), {}, ValueError, "holds 2 csv files"),

@@ -318,6 +318,7 @@ def test_folder_without_configuration(tmp_path: Path) -> None:
         (lambda b: b.sample("audio"), "give at least one source modality"),
         (lambda b: b.sample("audio", audio=torch.zeros(1, 12)), "source and target are both 'audio'"),
         (lambda b: b.sample("audio", text=torch.zeros(1, 10), num_samples=0), "num_samples is 0"),
+        (lambda b: b.sample("audio", text=torch.zeros(1, 10), steps=0), "num_steps is 0"),
         (lambda b: b.sample("audio", text=torch.zeros(1, 10), solver="rk9"), "solver 'rk9' does not exist"),
         (lambda b: b.sample("audio", text=torch.zeros(1, 10), cuda_graph=True), "cuda_graph: z is on cpu"),
         (lambda b: b.score(text=torch.zeros(1, 10)), "score takes two modalities"),
