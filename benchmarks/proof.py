@@ -262,7 +262,9 @@ through ptxas or LLVM, except those of the family `schedule`, which are CUDA C++
 Times are *modelled*. A pipe is a part of the GPU with a rate of its own: the tensor cores (`tensor`), the special
 functions, FP32, integer, `load/store`, L2, `hbm` and the `launch` of a kernel. The time is that of the slowest pipe of
 one GPU of the chip at its published rates, with instructions counted in the machine code (`benchmarks/work.py` has the
-rules). Times are lower bounds, and a GPU may take much longer. `make gpu` times whole calls, and lists the modelled
+rules). Times are meant as lower bounds, and a GPU may take much longer. Those of `sm_100` are too long, some of them
+many times: its code waits in loops beside the products, which are counted as if they held the code after them.
+`make gpu` times whole calls, and lists the modelled
 ones of `benchmarks/results` that were off by more than a quarter.
 
 The GPUs are
@@ -278,6 +280,13 @@ chips float32 has none, unless torch is told to multiply in TF32 (`tf32`); CDNA 
 the widest accesses of global memory by a thread. `occupancy` is the share of a multiprocessor's warps that can be
 resident at a time, and `limit` is what prevents more. float16 is compiled for `schedule` alone: the other families use
 the kernels of bfloat16 for it. Attention is compiled with all of its options.
+
+Not every variant that can be called is here. The kernels are compiled for rows that begin at multiples of 16 bytes,
+for numbers of rows that 16 divides, and for widths of `adaln` up to 8,192; `clip_loss` without the logits that
+`memory_budget` lets it keep. Some other variants were compiled by hand (2026-11-27), and these spill 8 to 288 bytes a
+thread: `clip_loss` with kept logits on sm_80 (float32) and sm_90 (float16, TF32), with ids or one-sided at 1,001 rows
+on these chips, attention's gradient of keys with d = 128 and unaligned rows on sm_90, and `adaln`'s gradient at a width
+of 10,000 on sm_80 and sm_100.
 
 A fault is a spill, more shared memory than the chip gives a block, a product without the tensor-core instruction that
 its dtype should have, or an access of less than 16 bytes where a kernel should make one of 16.
