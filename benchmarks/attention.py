@@ -162,8 +162,11 @@ def _block_mask(key_mask: Tensor, n_q: int) -> BlockMask:
     return create_block_mask(lambda b, h, i, j: key_mask[b, j], batch, None, n_q, n_k, device=key_mask.device)
 
 
-def _xformers(**inputs: Any) -> Run:
-    from xformers.ops import memory_efficient_attention
+def _xformers(*, own: bool = False, **inputs: Any) -> Run:
+    """By the kernel that xformers chooses, or by its own, which is CUTLASS's, where it would take another's."""
+    from xformers.ops import MemoryEfficientAttentionCutlassOp, memory_efficient_attention
+
+    op = MemoryEfficientAttentionCutlassOp if own else None
 
     def attend(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> Tensor:
         bias = None
@@ -174,7 +177,7 @@ def _xformers(**inputs: Any) -> Run:
                 ~key_mask[:, None, None], -torch.inf
             )
             bias = rows.expand(batch, heads, n_q, n_k)
-        return cast(Tensor, memory_efficient_attention(q, k, v, attn_bias=bias))
+        return cast(Tensor, memory_efficient_attention(q, k, v, attn_bias=bias, op=op))
 
     return _peer(attend, **inputs)
 
@@ -208,5 +211,6 @@ PEERS = (
     _sdpa_peer("sdpa_cudnn", SDPBackend.CUDNN_ATTENTION),
     _sdpa_peer("sdpa_math", SDPBackend.MATH),
     Peer("xformers", _xformers, "xformers", devices=("cuda",)),
+    Peer("xformers_cutlass", partial(_xformers, own=True), "xformers", module="xformers", devices=("cuda",)),
     Peer("flash_attn", _flash_attn, "flash-attn", devices=("cuda",)),
 )

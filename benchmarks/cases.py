@@ -105,8 +105,21 @@ def implementations(case: Case, inputs: Inputs, without: Container[str] = ()) ->
         "compile": _under("eager", lambda: compiled(**inputs)),
     }
     present = [peer for peer in case.peers if not peer.missing and peer.name not in without]
-    forward |= {peer.name: peer.prepare(**inputs) for peer in present}
+    forward |= {peer.name: _prepared(peer, inputs) for peer in present}
     return {name: differentiated(run, inputs) for name, run in forward.items() if name not in without}
+
+
+def _prepared(peer: Peer, inputs: Inputs) -> Run:
+    """The peer's function; what its preparation raises is raised by its calls, and so is a failure of it alone."""
+    try:
+        return peer.prepare(**inputs)
+    except Exception as error:
+        raised = error
+
+    def fails() -> Outputs:
+        raise raised
+
+    return fails
 
 
 def oracle(case: Case, inputs: Inputs) -> Outputs:

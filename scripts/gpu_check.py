@@ -119,7 +119,9 @@ def report(results: Path, chip: str, measured_on: str, models: Path = RESULTS) -
     with atomic_file(path) as temporary:
         temporary.write_text(to_markdown(header, compared, len(modelled)), encoding="utf-8")
     if not modelled:
-        print(f"gpu: no model has a row for {gpu}; benchmarks/README.md says how to make one")
+        print(
+            f"gpu: no model has a row for {gpu}: they are of an A100 and an H100, and docs/proof.md has the other chips"
+        )
     for entry in compared:
         if entry.off:
             times = f"modelled {seconds(entry.modelled_s)}, measured {seconds(entry.measured_s)}"

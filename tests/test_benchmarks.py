@@ -280,6 +280,15 @@ def test_run_case_reports_an_exception_in_one_line() -> None:
     assert len(result.rows) == 3
 
 
+def test_run_case_measures_the_others_where_a_peer_cannot_be_prepared() -> None:
+    def broken(x: Tensor) -> cases.Run:
+        raise ImportError("no such operator")
+
+    result = runner.run_case(toy_case(peers=(Peer("broken", broken, "numpy", module="numpy"),)), CPU, CLOCK, QUICK)
+    assert {row.impl for row in result.rows} == {"diffgap", "eager", "compile"}
+    assert result.failures == ["double/fwd/64x32/fp32 broken: ImportError: no such operator"]
+
+
 def test_run_case_lists_a_missing_peer_with_its_command() -> None:
     case = toy_case(peers=(Peer("no_such_package", wrong_peer, "no-such-package"),))
     result = runner.run_case(case, CPU, CLOCK, QUICK)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -113,7 +114,10 @@ def test_attention_peers_of_each_device() -> None:
     case = small_case("fwd+bwd")
     assert [peer.name for peer in case.on(CPU).peers] == ["sdpa", "flex"]
     backends = {"sdpa_flash", "sdpa_efficient", "sdpa_cudnn", "sdpa_math"}
-    assert {peer.name for peer in case.on(CUDA).peers} == {"sdpa", "flex", "xformers", "flash_attn", *backends}
+    assert {peer.name for peer in case.on(CUDA).peers} == {
+        *("sdpa", "flex", "xformers", "xformers_cutlass", "flash_attn"),
+        *backends,
+    }
 
 
 @pytest.mark.parametrize("option", [None, "norm", "mask"])
@@ -131,7 +135,13 @@ def test_attention_says_who_cannot_take_a_case(device: torch.device, dtype: str,
     assert skipped <= {peer.name for peer in case.on(device).peers}
 
 
-def by_formula(q: Tensor, k: Tensor, v: Tensor, attn_bias: Tensor | None = None) -> Tensor:
+CUTLASS = object()
+
+
+def by_formula(
+    q: Tensor, k: Tensor, v: Tensor, attn_bias: Tensor | None = None, op: object = None, *, expected: object = None
+) -> Tensor:
+    assert op is expected
     logits = torch.einsum("bihd,bjhd->bhij", q, k) * q.shape[-1] ** -0.5
     return torch.einsum("bhij,bjhd->bihd", (logits if attn_bias is None else logits + attn_bias).softmax(-1), v)
 
@@ -140,7 +150,7 @@ def by_formula(q: Tensor, k: Tensor, v: Tensor, attn_bias: Tensor | None = None)
     ("name", "option"),
     [
         (name, option)
-        for name in ("sdpa_math", "xformers", "flash_attn")
+        for name in ("sdpa_math", "xformers", "xformers_cutlass", "flash_attn")
         for option in (None, "norm", "mask")
         if (name, option) != ("flash_attn", "mask")
     ],
@@ -149,7 +159,8 @@ def test_attention_peers_of_a_gpu_are_called_as_they_define(
     name: str, option: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With the formula in place of the packages that run on a GPU only."""
-    ops = SimpleNamespace(memory_efficient_attention=by_formula)
+    attention = partial(by_formula, expected=CUTLASS if name == "xformers_cutlass" else None)
+    ops = SimpleNamespace(memory_efficient_attention=attention, MemoryEfficientAttentionCutlassOp=CUTLASS)
     monkeypatch.setitem(sys.modules, "xformers", SimpleNamespace(ops=ops))
     monkeypatch.setitem(sys.modules, "xformers.ops", ops)
     monkeypatch.setitem(sys.modules, "flash_attn", SimpleNamespace(flash_attn_func=by_formula))
