@@ -82,7 +82,7 @@ def mean_over_ranks(values: Tensor) -> Tensor:
     So the mean of :math:`L_r` over the W ranks, which is what ``DistributedDataParallel`` takes of their gradients, is
     that of one process that has all values. Outside a process group it is the mean; of no values 0.
     """
-    count, world = torch.tensor(len(values), device=values.device), 1
+    count, world = torch.full((), len(values), device=values.device), 1
     if dist.is_available() and dist.is_initialized():
         dist.all_reduce(count)
         world = dist.get_world_size()

@@ -331,6 +331,33 @@ def test_truncated_model(refused: Callable[..., str], tmp_path: Path) -> None:
     assert "does not hold a whole DiffGAP model" in refused("eval", tmp_path / "run")
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--bridge.solver", "rk9"), "solver is 'rk9'; use one of ddpm, ddim"),
+        (("--bridge.solver", "euler_flow"), "needs a schedule of kind 'flow'"),
+        (("--bridge.sampling-steps", "5000"), "num_steps is 5000; use 1 to 1000"),
+    ],
+)
+def test_a_sampler_that_cannot_be_is_refused_before_training(
+    refused: Callable[..., str], tmp_path: Path, options: tuple[str, str], message: str
+) -> None:
+    assert message in refused("train", tmp_path / "run", "--config", saved_config(tmp_path), *options)
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_a_run_without_results_may_be_given_other_settings(tmp_path: Path) -> None:
+    """It was killed before its first checkpoint: nothing would be lost."""
+    config = saved_config(tmp_path, steps=2)
+    (tmp_path / "run").mkdir()
+    RunConfig.load(config).save(tmp_path / "run" / "config.yaml")
+    (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n')
+    assert run("train", tmp_path / "run", "--config", config, "--bridge.depth", "2") == 0
+    assert RunConfig.load(tmp_path / "run" / "config.yaml").bridge.depth == 2
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2]
+
+
 @pytest.mark.parametrize(("splits", "name"), [(("train", "test"), "val"), (("val", "test"), "train")])
 def test_empty_split(refused: Callable[..., str], tmp_path: Path, splits: tuple[str, ...], name: str) -> None:
     config = saved_config(tmp_path, make_store(splits=splits))

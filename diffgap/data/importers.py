@@ -79,7 +79,7 @@ def import_npy(
         files = {file.stem: file for file in sorted(folder.glob("*.npy"))}
         found = sorted(folder.glob("*.csv"))
         if csv is None and len(found) > 1:
-            raise ValueError(f"{folder} holds {len(found)} csv files; name one with csv=")
+            raise ValueError(f"{folder} holds {len(found)} csv files; name one with csv= (--csv)")
         csv = csv if csv is not None else next(iter(found), None)
     if not files:
         raise FileNotFoundError(f"source {source!s} holds no .npy files; give a folder of <modality>.npy or a mapping")

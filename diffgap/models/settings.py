@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from diffgap.diffusion.schedule import EmbeddingScaling, NoiseSchedule, Prediction, ScheduleKind
+from diffgap.diffusion.solvers import SOLVERS
 
 SplitMode = Literal["alternate", "half", "random", "joint"]
 Contrastive = Literal["clip", "siglip", "none"]
@@ -119,6 +120,8 @@ class BridgeSettings:
             if getattr(self, name) not in get_args(allowed):
                 options = ", ".join(get_args(allowed))
                 raise ValueError(f"settings.{name} is {getattr(self, name)!r}; use one of {options}")
+        if self.solver not in SOLVERS:
+            raise ValueError(f"settings.solver is {self.solver!r}; use one of {', '.join(SOLVERS)}")
         counts = "width tokens denoiser_width depth heads sampling_steps translate_steps num_samples"
         for name in counts.split():
             # The bound is far beyond use: a damaged configuration must not take all memory.

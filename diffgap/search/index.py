@@ -155,7 +155,9 @@ class SearchIndex:
             meta = replace(meta, data=replace(meta.data, path=_absolute(store)))
         if run is not None:
             if meta.run is None:
-                raise ValueError(f"run was given, but {path} was built without one; build it with --run {run}")
+                raise ValueError(
+                    f"run was given, but {path} was built without one; build it again: diffgap index {run}"
+                )
             meta = replace(meta, run=str(run.resolve()))
         opened = open_store(meta.data, meta.split)
         if meta.modality not in opened.modalities or meta.store_fingerprint != store_fingerprint(opened, meta.modality):
@@ -206,7 +208,8 @@ class SearchIndex:
             if embeddings.shape[-1] != self.meta.dim:
                 raise ValueError(
                     f"{modality} queries have width {embeddings.shape[-1]}, the {self.meta.modality} items "
-                    f"{self.meta.dim}; what does not share a space is searched through a bridge: build with --run"
+                    f"{self.meta.dim}; what does not share a space is searched through a bridge: build the index "
+                    "from its run, diffgap index RUN"
                 )
             return Queries(unit_vectors(None, modality, embeddings, lengths), None)
         self.bridge.inputs.check(modality, embeddings)

@@ -99,7 +99,8 @@ class TrainingLoop(ABC, Generic[Model]):
         self.run_config, self.optimisation, self.folder, self.rows, self.report = config, train, folder, rows, report
         if rows < train.batch_size:
             raise ValueError(
-                f"train.batch_size is {train.batch_size} but the training split has {rows} rows; use a smaller batch"
+                f"train.batch_size is {train.batch_size} but the training split has {rows} rows; "
+                f"use --train.batch-size {rows} or less"
             )
         self._check_folder()
         self.accelerator = _accelerator(train, folder, find_unused=find_unused)
@@ -182,7 +183,7 @@ class TrainingLoop(ABC, Generic[Model]):
         check_writable(self.folder, file)
         if file.exists():
             differences = type(self.run_config).load(file).differences(self.run_config)
-            if differences:
+            if differences and self._has_results():
                 raise ValueError(
                     f"{self.folder} holds a run with another {', '.join(differences[:3])}; choose another output "
                     "folder, or repeat that run's settings to resume it"
@@ -193,12 +194,15 @@ class TrainingLoop(ABC, Generic[Model]):
                 "for a run would replace it"
             )
 
+    def _has_results(self) -> bool:
+        """Whether the folder's run came as far as a checkpoint or a model: without, its settings may be put right."""
+        return checkpoint.latest(self.folder / "checkpoints") is not None or (self.folder / "model").exists()
+
     def _claim_folder(self) -> None:
-        """Clear what a killed process left in a run's folder, or write the configuration into a new one."""
+        """Clear what a killed process left in a run's folder, and write the configuration if nothing depends on it."""
         file = self.folder / "config.yaml"
-        if not file.exists():  # nothing there is a run's yet
+        if not self._has_results():
             self.run_config.save(file)
-            return
         remove_leftovers(self.folder)
         checkpoint.prune(self.folder / "checkpoints")
 

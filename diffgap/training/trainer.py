@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from diffgap.data.store import EmbeddingStore
+from diffgap.diffusion.solvers import build_solver
 from diffgap.models.bridge import DiffGAP
 from diffgap.models.settings import BridgeSettings
 from diffgap.training.batches import collate, fit_data
@@ -61,6 +62,9 @@ class Trainer(TrainingLoop[DiffGAP]):
         )  # fmt: skip
         torch.manual_seed(derived_seed(config.train.seed, -2))
         self.bridge = DiffGAP({name: store.dim(name) for name in modalities}, config.bridge, sequences)
+        for steps in (config.bridge.sampling_steps, config.bridge.translate_steps):
+            # Refused now, and not by the first validation after much training.
+            build_solver(config.bridge.solver, self.bridge.diffusion.schedule, steps)
         self.bridge.fit(**fit_data(self.train_rows, self.bridge))
         self.head_steps = config.bridge.head_steps(config.train.steps)
         self.prepare(self.bridge)
