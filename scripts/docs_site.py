@@ -104,7 +104,7 @@ def mathml(tex: str, *, display: bool) -> str:
     except Exception as error:
         _log.warning("formula %r: %s", tex, error)
         return f"<code>{tex}</code>"
-    return _FUNCTION.sub(_spaced, formula)
+    return _FUNCTION.sub(_spaced, formula.replace(r"\_", "_"))  # which the converter leaves as it is in \text
 
 
 def _spaced(function: re.Match[str]) -> str:

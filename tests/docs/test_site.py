@@ -62,6 +62,10 @@ def test_formulas_become_mathml(caplog: pytest.LogCaptureFixture) -> None:
     assert caplog.records[0].levelname == "WARNING"
 
 
+def test_names_with_underscores_have_no_backslash() -> None:
+    assert "<mtext>logit_scale</mtext>" in docs_site.mathml(r"\text{logit\_scale}", display=False)
+
+
 def test_names_of_functions_stand_apart() -> None:
     def rspace(tex: str) -> str:
         return docs_site.mathml(tex, display=False).partition('rspace="')[2].partition('"')[0]
