@@ -201,8 +201,11 @@ class TrainingLoop(ABC, Generic[Model]):
     def _claim_folder(self) -> None:
         """Clear what a killed process left in a run's folder, and write the configuration if nothing depends on it."""
         file = self.folder / "config.yaml"
+        new = not file.exists()
         if not self._has_results():
             self.run_config.save(file)
+        if new:  # nothing else there is a run's
+            return
         remove_leftovers(self.folder)
         checkpoint.prune(self.folder / "checkpoints")
 
