@@ -63,7 +63,7 @@ def _gpu_obstacle() -> str | None:
     if torch.version.hip is not None:
         return None
     capabilities = [torch.cuda.get_device_capability(device) for device in range(torch.cuda.device_count())]
-    if (oldest := min(capabilities)) >= (8, 0):
+    if (oldest := min(capabilities, default=(8, 0))) >= (8, 0):
         return None
     return (
         f"the kernels need compute capability 8.0, and a visible GPU has {oldest[0]}.{oldest[1]}; "
