@@ -133,7 +133,7 @@ def test_conditions_are_unit_vectors_or_what_a_bridge_projects_to(tmp_path: Path
         (make_store(), {"mel": "spectrogram"}, "the store has audio, mel"),
         (make_store(), {"mel": "audio"}, "holds no spectrograms"),
         (make_store(), {"condition": "text"}, "text"),
-        (make_store(18), {}, "smaller batch"),
+        (make_store(18), {}, "use --train.batch-size 2 or less"),
     ],
 )
 def test_data_without_what_is_needed_is_refused(tmp_path: Path, store, changes, message: str) -> None:
