@@ -14,6 +14,9 @@ from diffgap.diagnose.statistics import effective_rank
 from diffgap.retrieval.bootstrap import bootstrap, paired_bootstrap
 from diffgap.retrieval.diagnostics import modality_gap, unpaired_cosine
 
+#: Least gain of the denoising error that counts as use of the condition, see :func:`check_condition`.
+LEAST_GAIN = 0.01
+
 
 def check_trajectory(samples: Samples, direction: str) -> Finding:
     """Whether samples approach their target step by step, at the norm they should have.
@@ -63,7 +66,10 @@ def check_condition(errors: Errors, direction: str, *, null_trained: bool = True
     """Whether the denoiser uses its condition: error(true) < error(none), error(true) < error(another group's).
 
     Gains are in units of the mean error under another group's condition at the same noise level, so that all levels
-    count alike; noise is the same under all three conditions.
+    count alike; noise is the same under all three conditions. Whatever the denoiser predicts, the gain over no
+    condition at pure noise is about the share of the target's variance that the condition explains, r^2 of a
+    correlation r. :data:`LEAST_GAIN` is that of r = 0.1, which Cohen (Statistical Power Analysis for the Behavioral
+    Sciences, 1988, ch. 3) calls small; an interval of many pairs excludes 0 for gains far too small to matter.
 
     Args:
         null_trained: Whether training ever hid the condition; else the error without one means nothing.
@@ -74,12 +80,12 @@ def check_condition(errors: Errors, direction: str, *, null_trained: bool = True
     verdict, fix = judge(
         (
             (
-                over_shuffled.low <= 0,
+                over_shuffled.low <= 0 or over_shuffled.estimate < LEAST_GAIN,
                 "bad",
                 "check the pairs, train longer, or raise diffusion_weight",
             ),
             (
-                null_trained and over_null.low <= 0,
+                null_trained and (over_null.low <= 0 or over_null.estimate < LEAST_GAIN),
                 "warn",
                 "train on more pairs, with more head_dropout or for fewer steps; leave guidance_scale at 1: guidance "
                 "would add to the error",
@@ -92,9 +98,11 @@ def check_condition(errors: Errors, direction: str, *, null_trained: bool = True
             "gain_over_shuffled": over_shuffled.estimate, "gain_over_none": over_null.estimate,
             "gain_over_shuffled_low": over_shuffled.low, "gain_over_none_low": over_null.low,
         },
-        "bad: the 95% interval of the gain over another group's condition reaches 0; warn: that over no condition does",
+        "bad: the gain over another group's condition is below 1% of the error, or its 95% interval reaches 0; warn: "
+        "that over no condition is or does",
         "a bridge that uses its condition denoises worse with a wrong one; one that does no better than without any on "
-        "unseen pairs has learnt the training pairs by heart",
+        "unseen pairs has learnt the training pairs by heart; at pure noise a gain of 1% is a correlation of 0.1 with "
+        "the target, a small effect (Cohen, 1988)",
         fix,
         curves={name: values.mean(0).tolist() for name, values in errors._asdict().items()},
     )  # fmt: skip

@@ -202,10 +202,10 @@ def test_norms_of_a_perfect_trajectory_are_one(store: EmbeddingStore) -> None:
 def test_condition_verdicts_follow_the_order_of_the_errors() -> None:
     generator = torch.Generator().manual_seed(0)
     base = 1 + 0.1 * torch.rand(40, 8, generator=generator, dtype=torch.float64)
-    noise = 0.02 * torch.randn(40, 8, generator=generator, dtype=torch.float64)
+    normal = torch.randn(40, 8, generator=generator, dtype=torch.float64)
 
-    def verdict(null: float, shuffled: float, *, null_trained: bool = True) -> str:
-        errors = Errors(base, base + shuffled + noise, base + null + noise.flip(0))
+    def verdict(null: float, shuffled: float, *, noise: float = 0.02, null_trained: bool = True) -> str:
+        errors = Errors(base, base + shuffled + noise * normal, base + null + noise * normal.flip(0))
         return check_condition(errors, "", null_trained=null_trained).verdict
 
     assert verdict(0.1, 0.2) == "good"
@@ -213,6 +213,10 @@ def test_condition_verdicts_follow_the_order_of_the_errors() -> None:
     assert verdict(-0.05, 0.2, null_trained=False) == "good"
     assert verdict(0.1, 0.0) == "bad"
     assert verdict(0.1, -0.1) == "bad"
+    # A difference that is certain, but too small for any use.
+    assert verdict(0.1, 2e-7, noise=0) == verdict(0.1, 8e-3, noise=0) == "bad"
+    assert verdict(2e-7, 0.2, noise=0) == "warn"
+    assert verdict(0.02, 0.02, noise=0) == "good"
 
 
 def test_denoising_errors_share_their_noise_and_use_strangers(healthy: DiffGAP, store: EmbeddingStore) -> None:
