@@ -97,4 +97,4 @@ $(MEDIA)/usr:
 	cd $(MEDIA) && apt-get download tuxpaint-stamps-default=2022.06.04-1 && dpkg-deb -x tuxpaint-stamps-default_*.deb .
 
 clean:
-	rm -rf build dist *.egg-info diffgap/_C_*.so .pytest_cache .mypy_cache .ruff_cache demo-run
+	rm -rf build dist *.egg-info diffgap/_C_*.so diffgap/_C_*.missing .pytest_cache .mypy_cache .ruff_cache demo-run

@@ -2,7 +2,8 @@
 
 ``diffgap._C_cpu`` (C++) is built wherever there is a C++20 compiler, ``diffgap._C_cuda`` wherever there is nvcc.
 Both need torch at build time (``pip install --no-build-isolation``). Without them diffgap installs as pure
-Python and ``diffgap doctor`` says what is missing. Both use LibTorch's stable ABI: one binary serves every
+Python, with ``_C_cpu.missing`` and ``_C_cuda.missing`` in place of the libraries, which hold the reasons that ``diffgap
+doctor`` repeats: pip hides what a build prints. Both use LibTorch's stable ABI: one binary serves every
 Python >= 3.10 and torch >= 2.10.
 
 Environment: ``DIFFGAP_CPU`` and ``DIFFGAP_CUDA`` (0 leaves the library out, 1 makes its absence an error),
@@ -156,26 +157,46 @@ def cuda_extension() -> Extension:
     )
 
 
-def extensions() -> list[Extension]:
-    """The libraries that can be built here; says what is missing for the others."""
-    builders: dict[str, tuple[str, Callable[[], Extension]]] = {
-        "DIFFGAP_CPU": ("C++ kernels", cpu_extension),
-        "DIFFGAP_CUDA": ("CUDA kernels", cuda_extension),
+def extensions() -> tuple[list[Extension], dict[str, str]]:
+    """The libraries that can be built here; and by library why the others are not, which is printed too."""
+    builders: dict[str, tuple[str, str, Callable[[], Extension]]] = {
+        "DIFFGAP_CPU": ("_C_cpu", "C++ kernels", cpu_extension),
+        "DIFFGAP_CUDA": ("_C_cuda", "CUDA kernels", cuda_extension),
     }
-    found = []
-    for variable, (title, build) in builders.items():
+    found, without = [], {}
+    for variable, (library, title, build) in builders.items():
         wanted = os.environ.get(variable, "auto")
         if wanted not in ("0", "1", "auto"):
             sys.exit(f"diffgap: {variable}: use 0 or 1, got {wanted!r}")
         if wanted == "0":
+            without[library] = f"{variable}=0 left it out (unset it)"
             continue
         try:
             found.append(build())
         except Missing as missing:
             if wanted == "1":
                 sys.exit(f"diffgap: {variable}=1, but the {title} need {missing}")
+            without[library] = f"the {title} need {missing}"
             print(f"diffgap: installing without its {title}: they need {missing}", file=sys.stderr)
-    return found
+    return found, without
+
+
+def modules_command(without: dict[str, str]) -> Any:
+    from setuptools.command.build_py import build_py
+
+    class Modules(build_py):
+        """setuptools', with a note beside the modules of why a library is not there."""
+
+        def run(self) -> None:
+            super().run()
+            package = (ROOT if self.editable_mode else Path(self.build_lib)) / "diffgap"
+            for library in ("_C_cpu", "_C_cuda"):
+                note = package / f"{library}.missing"
+                note.unlink(missing_ok=True)
+                if library in without:
+                    note.write_text(f"{without[library]}\n", encoding="utf-8")
+
+    return Modules
 
 
 def build_commands() -> dict[str, Any]:
@@ -198,7 +219,7 @@ def build_commands() -> dict[str, Any]:
     return {"build_ext": Build}
 
 
-ext_modules = extensions()
+ext_modules, left_out = extensions()
 setup(
     # Folders of bundled data count as packages for setuptools.
     packages=[
@@ -211,6 +232,6 @@ setup(
     ],
     package_dir={"diffgap.kernels": "kernels"},
     ext_modules=ext_modules,
-    cmdclass=build_commands() if ext_modules else {},
+    cmdclass={"build_py": modules_command(left_out), **(build_commands() if ext_modules else {})},
     options={"bdist_wheel": {"py_limited_api": "cp310"}} if ext_modules else {},
 )

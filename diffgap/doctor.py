@@ -71,6 +71,14 @@ def _devices() -> list[Row]:
     return rows
 
 
+def _with_build(name: str, why: str | None) -> str:
+    """Why kernels cannot run; for want of a GPU nothing else was looked at, so also what setup.py lacked for them."""
+    if name == "CUDA kernels" and why is not None and _native.left_out("_C_cuda"):
+        unbuilt = _native.not_built("_C_cuda", "nvcc")
+        return f"{why}; {unbuilt}" if unbuilt not in (None, why) else why
+    return why or ""
+
+
 def diagnose() -> dict[str, list[Row]]:
     """All findings, by section: versions, devices, extensions, ops, optional packages."""
     versions = [
@@ -81,7 +89,7 @@ def diagnose() -> dict[str, list[Row]]:
         _pyarrow(),
     ]
     missing = {"C++ CPU kernels": _native.CPU_MISSING, "CUDA kernels": _native.CUDA_MISSING}
-    extensions = [Row(name, "missing" if why else "loaded", why or "") for name, why in missing.items()]
+    extensions = [Row(name, "missing" if why else "loaded", _with_build(name, why)) for name, why in missing.items()]
     # What is wrong with an extension is said once, not again at each of its ops.
     known = {why: f"{name} missing, see above" for name, why in missing.items() if why}
     choices = [

@@ -205,7 +205,7 @@ class Builds:
         expect(wheel.name.endswith("-py3-none-any.whl"), f"{wheel.name} is not tagged as pure Python")
         expect(not any(name.endswith(".so") for name in contents(wheel)), f"{wheel.name} has a library")
         environment = self.install(wheel)
-        needs = "_C_cpu is not built (needs a C++20 compiler and torch at install); in diffgap's source folder run: pip"
+        needs = "_C_cpu is not built: the C++ kernels need torch at build time (install torch, then pip install"
         self.doctor(environment, needs, "C++ CPU kernels missing, see above")
         return wheel, seconds, environment.test(self.source, self.tests)
 

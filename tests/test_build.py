@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import diffgap
+from diffgap.ops import _native
 from diffgap.ops._native import CPU_MISSING
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -194,6 +195,31 @@ def test_nothing_is_built_when_switched_off(tmp_path: Path) -> None:
     result = setup(tmp_path, "--version", DIFFGAP_CPU="0")
     assert result.returncode == 0
     assert "diffgap: " not in result.stderr
+
+
+@needs_cuda_torch
+def test_what_was_not_built_is_noted_in_the_package(tmp_path: Path) -> None:
+    for name in ("diffgap", "kernels"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("_C_*", "__pycache__"))
+    shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
+    executable(tmp_path / "toolkit" / "bin" / "nvcc", "echo 'release 1.2, V1.2.3'")
+    build = ("build_py", "--build-lib", "out")
+    package, cuda = tmp_path / "out" / "diffgap", {"DIFFGAP_CUDA": "auto", "CUDA_HOME": str(tmp_path / "toolkit")}
+    assert setup(tmp_path, *build, CXX="no-such-compiler", **cuda).returncode == 0
+    for stem, said in (
+        ("_C_cpu", "_C_cpu is not built: the C++ kernels need a C++20 compiler (apt install g++, or set CXX); in "),
+        (
+            "_C_cuda",
+            f"_C_cuda is not built: the CUDA kernels need nvcc of CUDA {str(torch.version.cuda).split('.')[0]}",
+        ),
+    ):
+        sentence = _native.not_built(stem, "unknown", package)
+        assert sentence is not None and sentence.startswith(said) and "run: pip install" in sentence
+    # A later build that has a compiler, into the same folder.
+    compiler = executable(tmp_path / "c++", "exit 0")
+    assert setup(tmp_path, *build, CXX=compiler).returncode == 0
+    assert _native.left_out("_C_cpu", package) is None
+    assert _native.left_out("_C_cuda", package) == "DIFFGAP_CUDA=0 left it out (unset it)"
 
 
 CUDA_OPS = ("normal", "q_sample", "q_sample_backward", "solver_step", "solver_step_out")

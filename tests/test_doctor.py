@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import io
 import sys
+from functools import partial
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -40,6 +42,21 @@ def test_a_missing_extension_is_explained_once(monkeypatch: pytest.MonkeyPatch) 
     assert [row.note for row in rows["extensions"] if row.what == "C++ CPU kernels"] == [reason]
     notes = {row.note for row in rows["ops"] if row.what == "attention" and row.state.startswith("cpu")}
     assert notes == {"C++ CPU kernels missing, see above"}
+
+
+@pytest.mark.parametrize("why", ["the CUDA kernels need nvcc (set CUDA_HOME)", None])
+def test_doctor_without_a_gpu_says_what_the_build_lacked(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, why: str | None
+) -> None:
+    obstacle = "no CUDA device is visible"
+    monkeypatch.setattr(_native, "CUDA_MISSING", obstacle)
+    monkeypatch.setattr(_native, "left_out", lambda stem, package=None: why)
+    monkeypatch.setattr(_native, "not_built", partial(_native.not_built, package=tmp_path))
+    (note,) = (row.note for row in doctor.diagnose()["extensions"] if row.what == "CUDA kernels")
+    if why is None:
+        assert note == obstacle
+    else:
+        assert note.startswith(f"{obstacle}; _C_cuda is not built: {why}; ") and "run: pip install" in note
 
 
 def test_pyarrow_that_refuses_this_numpy(monkeypatch: pytest.MonkeyPatch) -> None:

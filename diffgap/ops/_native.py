@@ -41,13 +41,28 @@ def _age(library: Path, csrc: Path) -> str | None:
     return None
 
 
+def left_out(stem: str, package: Path = _PACKAGE) -> str | None:
+    """Why setup.py did not build a library when diffgap was installed last, by its note; ``None`` where it did."""
+    note = package / f"{stem}.missing"
+    return note.read_text(encoding="utf-8").strip() if note.is_file() else None
+
+
+def not_built(stem: str, needs: str, package: Path = _PACKAGE) -> str | None:
+    """That ``diffgap/<stem>.*.so`` is not there, why and the fix, in one sentence; ``None`` where it is."""
+    if any(package.glob(f"{stem}.*so")):
+        return None
+    why = left_out(stem, package)
+    return f"{stem} is not built{f': {why}' if why else f' (needs {needs} and torch at install)'}; {_BUILD}"
+
+
 def _load(stem: str, needs: str, package: Path = _PACKAGE) -> str | None:
     """Load ``diffgap/<stem>.*.so``; return ``None``, or why it cannot run and the fix, in one sentence."""
+    if missing := not_built(stem, needs, package):
+        return missing
     found = sorted(package.glob(f"{stem}.*so"))
-    if not found:
-        return f"{stem} is not built (needs {needs} and torch at install); {_BUILD}"
     if age := _age(found[0], package.parent / "csrc"):
-        return f"{found[0].name} was built from {age}; {_BUILD}"
+        why = left_out(stem, package)
+        return f"{found[0].name} was built from {age}{f', and not again: {why}' if why else ''}; {_BUILD}"
     try:
         torch.ops.load_library(os.fspath(found[0]))
     except OSError as error:

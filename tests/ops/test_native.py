@@ -44,6 +44,15 @@ def test_library_of_another_version_is_refused_before_it_is_loaded(tmp_path: Pat
 
 
 @linux
+def test_stale_library_says_why_it_was_not_built_again(tmp_path: Path) -> None:
+    write_library(tmp_path, version_id("0.0.9") + bytes(12))
+    (tmp_path / "_C_cpu.missing").write_text("the C++ kernels need a C++20 compiler (apt install g++, or set CXX)\n")
+    said = _native._load("_C_cpu", "a compiler", tmp_path)
+    assert said is not None and said.endswith(FIXES)
+    assert f"than diffgap {__version__}, and not again: the C++ kernels need a C++20 compiler (apt install" in said
+
+
+@linux
 def test_library_of_other_sources_is_refused_before_it_is_loaded(tmp_path: Path) -> None:
     csrc = write_sources(tmp_path / "csrc")
     write_library(tmp_path / "diffgap", version_id(__version__) + sources_id(csrc, "_C_cpu"))
