@@ -6,11 +6,11 @@ import math
 import sys
 from typing import Annotated, Literal
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from tyro.conf import Positional, arg
 
 from diffgap.commands.arguments import Bootstrap, Output, Steps
+from diffgap.commands.console import open_console
 
 __all__ = ["ablate"]
 
@@ -40,7 +40,7 @@ def ablate(
 
     if bootstrap < 1:
         raise ValueError(f"bootstrap is {bootstrap}; use 1 replicate or more, 1000 for intervals worth reading")
-    console = Console()
+    console = open_console()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     # A run takes minutes: the time that remains is estimated from all of them, not from the last half minute.
     bar = Progress(*columns, console=console, disable=not sys.stderr.isatty(), speed_estimate_period=math.inf)

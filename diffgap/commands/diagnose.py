@@ -6,10 +6,10 @@ import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
-from rich.console import Console
 from tyro.conf import Positional, arg
 
 from diffgap.commands.arguments import Seed
+from diffgap.commands.console import open_console
 
 __all__ = ["diagnose"]
 
@@ -43,7 +43,7 @@ def diagnose(
     check_output(folder)
     found = diagnose(path, split=split, seed=seed)
     write_report(found, folder)
-    console = Console()
+    console = open_console()
     console.print(terminal_table(found))
     for line in advice(found):
         console.print(f"- {line}", markup=False)

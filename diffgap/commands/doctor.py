@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rich.console import Console
+from diffgap.commands.console import open_console
 
 __all__ = ["doctor"]
 
@@ -11,4 +11,4 @@ def doctor() -> None:
     """Versions, devices, the backend each op takes and why, and what to install for the rest."""
     from diffgap.doctor import show
 
-    show(Console())
+    show(open_console())

@@ -18,6 +18,7 @@ from rich.text import Text
 from tyro.conf import Positional, arg
 
 from diffgap.commands.arguments import Device, Seed, Within
+from diffgap.commands.console import open_console
 
 if TYPE_CHECKING:
     from diffgap.embed.report import EmbedReport
@@ -83,7 +84,7 @@ def embed(
 
     given = {"audio": audio, "text": text, "image": image, "video": video, "mel": mel}
     specs = {modality: spec for modality, spec in given.items() if spec is not None}
-    console = Console(quiet=os.environ.get("RANK", "0") != "0")  # of a run's processes the first speaks
+    console = open_console(quiet=os.environ.get("RANK", "0") != "0")  # of a run's processes the first speaks
     with _shown(console) as progress:
         if source == "stamps":
             report = _embed_stamps(

@@ -10,6 +10,7 @@ from rich.markup import escape
 from tyro.conf import Positional, arg
 
 from diffgap.commands.arguments import Bootstrap, Seed, Solver, Steps, Within
+from diffgap.commands.console import open_console
 
 if TYPE_CHECKING:
     from diffgap.retrieval.options import ScoringOptions
@@ -48,7 +49,7 @@ def evaluate(
             instead be one embedding store, a folder or "stamps".
         output: Folder for report.md, report.json and the plots; the first run's folder + "/eval" by default. With
             --protocol for protocol.md and protocol.json; by default "eval-<protocol>" in the run's folder, or beside
-            the store's with that at the end of its name.
+            the store's with that at the end of its name. An earlier report there is replaced.
         split: Rows to evaluate on. Settings chosen on data (baselines, weights) always come from "val".
         protocol: Five captions a clip (audiocaps, clotho), audio and video of a clip (vggsound), or any two modalities
             (pairs). Baselines are left out.
@@ -89,15 +90,22 @@ def evaluate(
 
     folder = output or runs[0] / "eval"
     check_output(folder)
+    console = open_console()
+    _say_replaced(console, folder)
     report = evaluate_runs(
         runs, split=split, options=options, with_baselines=baselines, replicates=bootstrap, seed=seed
     )
     if few_steps:
         report.few_steps = compare_steps(runs, split=split, options=options, replicates=bootstrap, seed=seed)
     write_report(report, folder)
-    console = Console()
     console.print(terminal_table(report))
     console.print(f"report and plots in {escape(str(folder))}")
+
+
+def _say_replaced(console: Console, folder: Path) -> None:
+    """Before the work is done, that an earlier report goes; :func:`check_output` has let nothing else through."""
+    if folder.exists():
+        console.print(f"{folder} holds an earlier report, which is replaced; --output FOLDER keeps both", markup=False)
 
 
 def _by_protocol(
@@ -120,6 +128,8 @@ def _by_protocol(
     first, name = paths[0], f"eval-{protocol}"
     folder = output or (first / name if is_run(first) else beside(first, f"-{name}"))
     check_output(folder, FILE)
+    console = open_console()
+    _say_replaced(console, folder)
     report = evaluate_protocol(
         protocol,
         paths,
@@ -131,7 +141,6 @@ def _by_protocol(
         seed=seed,
     )
     write_report(report, folder)
-    console = Console()
     console.print(terminal_table(report))
     for note in notes(report):
         console.print(f"- {note}", markup=False)

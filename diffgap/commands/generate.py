@@ -6,10 +6,10 @@ import math
 from pathlib import Path
 from typing import Annotated, Literal
 
-from rich.console import Console
 from tyro.conf import arg
 
 from diffgap.commands.arguments import Device, Guidance, Samples, Seed, Steps, Within
+from diffgap.commands.console import open_console
 
 __all__ = ["generate"]
 
@@ -108,4 +108,4 @@ def generate(
     for file, wave in zip(files, waves, strict=True):
         write_sound(file, wave, made.sample_rate)
         seconds_written = len(wave) / made.sample_rate
-        Console().print(f"{file}: {seconds_written:.2f} s, {how or 'none'}", markup=False, highlight=False)
+        open_console().print(f"{file}: {seconds_written:.2f} s, {how or 'none'}", markup=False, highlight=False)

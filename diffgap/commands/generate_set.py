@@ -6,10 +6,10 @@ import math
 from pathlib import Path
 from typing import Annotated, Literal
 
-from rich.console import Console
 from tyro.conf import arg
 
 from diffgap.commands.arguments import Device, Guidance, Seed, Steps, Within
+from diffgap.commands.console import open_console
 
 __all__ = ["generate_set"]
 
@@ -89,7 +89,7 @@ def generate_set(
         "generator": generator, "bridge": bridge or "", "data": data, "split": split, "seed": seed, "steps": steps,
         "guidance_scale": guidance_scale, "vocoder": vocoder, "label": label, "space": space.fingerprint,
     }  # fmt: skip
-    console = Console()
+    console = open_console()
 
     def progress(system: str) -> None:
         console.print(f"{system} ...", highlight=False)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from rich.console import Console
 from tyro.conf import Positional, arg
 
 from diffgap.commands.arguments import Output, Seed
+from diffgap.commands.console import open_console
 
 __all__ = ["import_embeddings"]
 
@@ -57,4 +57,4 @@ def import_embeddings(
         raise ValueError("csv belongs to layout 'npy'; the clip-retrieval layout has its own metadata")
     else:
         store = import_clip_retrieval(source, output, **options)
-    Console().print(f"{store} in {output}", markup=False)
+    open_console().print(f"{store} in {output}", markup=False)

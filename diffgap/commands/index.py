@@ -6,9 +6,10 @@ import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from tyro.conf import Positional, arg
+
+from diffgap.commands.console import open_console
 
 
 def index(
@@ -65,7 +66,7 @@ def index(
 
     specs = {"text": text, "audio": audio, "image": image, "video": video}
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty()) as bar:
+    with Progress(*columns, console=open_console(stderr=True), disable=not sys.stderr.isatty()) as bar:
         task = bar.add_task(f"{modality} vectors", total=None)
         meta = build_index(
             source, output, modality=modality, run=run, split=split, kind=kind,
@@ -73,7 +74,7 @@ def index(
             alpha=alpha, encoders={name: spec for name, spec in specs.items() if spec}, media=media,
             overwrite=overwrite, progress=lambda done, total: bar.update(task, completed=done, total=total),
         )  # fmt: skip
-    console = Console()
+    console = open_console()
     used = "".join(f", {name} {value}" for name, value in meta.options.items())
     said = f"{meta.count} {modality} items of width {meta.dim} in {output} ({kind}{used})"
     if meta.alpha is not None:

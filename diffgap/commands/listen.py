@@ -9,6 +9,7 @@ from rich.console import Console
 from tyro.conf import Positional, arg
 
 from diffgap.commands.arguments import Seed, Within
+from diffgap.commands.console import open_console
 
 
 def listen(
@@ -47,7 +48,7 @@ def listen(
         score: Files of answers.
         key: key.json of the page that was answered, or its folder.
     """
-    console = Console()
+    console = open_console()
     if bool(generated) == bool(score):
         raise ValueError("give a SET and -o FOLDER to make a page, or --score FILES and --key to score answers")
     if score:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from rich.console import Console
 from tyro.conf import Positional, arg
 
 from diffgap.commands.arguments import Device, Seed, Within
+from diffgap.commands.console import open_console
 
 if TYPE_CHECKING:
     from diffgap.generation.generated import GeneratedItem
@@ -105,7 +105,7 @@ def metrics(
         },
     )  # fmt: skip
     report.write(folder)
-    console = Console()
+    console = open_console()
     for table in report.tables():
         console.print(table)
     console.print(f"intervals and notes in {folder / 'metrics.md'}", markup=False, soft_wrap=True)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from rich.console import Console
 from tyro.conf import arg
 
 from diffgap.commands.arguments import Run, Seed, Within
+from diffgap.commands.console import open_console
 
 __all__ = ["report"]
 
@@ -49,6 +49,6 @@ def report(
     options = ReportOptions(split, pairs, items, systems, megabytes, seed)
     sections = write_report(run, file, generated=generated, options=options, overwrite=overwrite)
     size = file.stat().st_size / 1e6
-    Console().print(
+    open_console().print(
         f"{file}: {', '.join(section.title for section in sections)}; {size:.1f} MB", markup=False, highlight=False
     )

@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from rich.console import Console
 from rich.markup import escape
 from tyro.conf import Positional, arg
 
 from diffgap.commands.arguments import Guidance, Output, Run, Samples, Seed, Solver, Steps
+from diffgap.commands.console import open_console
 
 __all__ = ["sample"]
 
@@ -58,4 +58,4 @@ def sample(
         frames=frames, steps=steps, solver=solver, guidance_scale=guidance_scale,
     )  # fmt: skip
     write_store(output, store, overwrite=overwrite)
-    Console().print(f"{len(store)} {target} embeddings in {escape(str(output))}")
+    open_console().print(f"{len(store)} {target} embeddings in {escape(str(output))}")

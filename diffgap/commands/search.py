@@ -7,10 +7,10 @@ import json as json_format
 from pathlib import Path
 from typing import Annotated
 
-from rich.console import Console
 from tyro.conf import Positional, arg
 
 from diffgap.commands.arguments import Within
+from diffgap.commands.console import open_console
 
 
 def search(
@@ -65,7 +65,7 @@ def search(
     encoders = opened.encoders({name: spec for name, spec in specs.items() if spec})
     root = None if meta.media is None else Path(meta.media)
     media = MediaFiles(opened.store, root, recordings=meta.data.path in BUNDLED)
-    console = Console()
+    console = open_console()
     if serve:
         with SearchServer(opened, encoders, media, port) as server:  # first, as the encoders may take a minute
             for modality in encoders.specs:

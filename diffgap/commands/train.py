@@ -8,11 +8,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from diffgap.commands.arguments import Output, option
+from diffgap.commands.console import open_console
 from diffgap.models.settings import BridgeSettings
 from diffgap.training.config import DataConfig, RunConfig, TrainConfig
 
@@ -37,7 +37,7 @@ def run_training(config: RunConfig, output: Path) -> TrainResult[DiffGAP]:
         TimeRemainingColumn(),
         TextColumn("{task.fields[losses]}"),
     )
-    console = Console(quiet=os.environ.get("RANK", "0") != "0")  # of a run's processes the first speaks
+    console = open_console(quiet=os.environ.get("RANK", "0") != "0")  # of a run's processes the first speaks
     with Progress(*columns, console=console, disable=not sys.stderr.isatty()) as progress:
         task = progress.add_task("training", total=config.train.steps, losses="")
         score = ""

@@ -7,11 +7,11 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from diffgap.commands.arguments import Output, option
+from diffgap.commands.console import open_console
 from diffgap.generation.trainer import GeneratorData, GeneratorRunConfig, GeneratorSettings
 from diffgap.training.config import TrainConfig
 
@@ -55,7 +55,7 @@ def _run(config: GeneratorRunConfig, output: Path) -> None:
     if not config.data.path:
         raise ValueError("--data.path is not given; name a store that `diffgap embed ... --mel log-mel` made")
     columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    console = Console(quiet=os.environ.get("RANK", "0") != "0")  # of a run's processes the first speaks
+    console = open_console(quiet=os.environ.get("RANK", "0") != "0")  # of a run's processes the first speaks
     shown = Progress(*columns, TextColumn("{task.fields[losses]}"), console=console, disable=not sys.stderr.isatty())
     with shown as progress:
         task = progress.add_task("training", total=config.train.steps, losses="")

@@ -46,9 +46,11 @@ def refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[...,
 
 
 def test_store_by_a_protocol(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for _ in range(2):  # an earlier report is replaced
+    for earlier in (0, 1):  # an earlier report is replaced, and that is said
         assert run("eval", folder / "clips", "--protocol", "audiocaps", "--bootstrap", 20) == 0
-    said = " ".join(capsys.readouterr().out.split())
+        said = capsys.readouterr().out
+        assert said.count("clips-eval-audiocaps holds an earlier report, which is replaced; --output FOLDER") == earlier
+    said = " ".join(said.split())
     assert "audiocaps of clips on test: N = 9 (9 audio, 45 text)" in said
     assert "N = 9 of 975: not comparable with published numbers" in said and "(published)" not in said
     written = folder / "clips-eval-audiocaps"
@@ -80,7 +82,13 @@ def test_published_rows_are_printed_written_and_marked(tmp_path: Path, capsys: p
 
 def test_run_by_a_protocol_leaves_the_plain_report_alone(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     plain = ["eval", folder / "run", "--no-baselines", "--bootstrap", 2]
+    capsys.readouterr()
     assert run(*plain) == 0
+    said = capsys.readouterr().out
+    assert "earlier report" not in said and "\u2026" not in said  # into a pipe nothing is cut off
+    rows = [line for line in said.splitlines() if "bridge + cosine" in line]
+    assert len(rows) > 2 and len({len(line) for line in rows}) == 1
+    assert f"report and plots in {folder / 'run' / 'eval'}\n" in said
     before = (folder / "run" / "eval" / "report.json").read_bytes()
     arguments = ["eval", folder / "run", "--protocol", "pairs", "--bootstrap", 20, "--scoring", "cosine", "fusion"]
     assert run(*arguments, "--alpha", 0.5, "--steps", 2, "--split", "val") == 0
@@ -91,7 +99,9 @@ def test_run_by_a_protocol_leaves_the_plain_report_alone(folder: Path, capsys: p
     assert (content["alphas"], content["settings"]["scoring steps"], content["split"]) == ([0.5], 2, "val")
     text = (folder / "run" / "eval-pairs" / "protocol.md").read_text()
     assert "Weights of each run: fusion 0.5." in text and "flatters what was chosen" in text
+    capsys.readouterr()
     assert run(*plain) == 0
+    assert "eval holds an earlier report, which is replaced" in capsys.readouterr().out
 
 
 def test_pairs_of_three_modalities_are_named(folder: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
