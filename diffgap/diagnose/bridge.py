@@ -12,7 +12,7 @@ from diffgap.diagnose.finding import Finding, judge
 from diffgap.diagnose.observe import Errors, Samples
 from diffgap.diagnose.statistics import effective_rank
 from diffgap.retrieval.bootstrap import bootstrap, paired_bootstrap
-from diffgap.retrieval.diagnostics import modality_gap, unpaired_cosine
+from diffgap.retrieval.diagnostics import unpaired_cosine
 
 #: Least gain of the denoising error that counts as use of the condition, see :func:`check_condition`.
 LEAST_GAIN = 0.01
@@ -157,8 +157,7 @@ def check_collapse(samples: Samples, direction: str) -> Finding:
 def check_gap(samples: Samples, direction: str, *, seed: int = 0) -> Finding:
     """The modality gap between the source and the target before and after bridging."""
     bridged = samples.translated
-    folds = min(5, len(bridged))
-    before, after = (modality_gap(x, samples.target, folds=folds, seed=seed) for x in (samples.source, bridged))
+    before, after = samples.gaps(seed)
     gain = paired_bootstrap(_cosine(bridged, samples.target), _cosine(samples.source, samples.target))
     # What two halves of one modality are apart: the distance that sampling alone gives.
     order = torch.randperm(len(bridged), generator=torch.Generator().manual_seed(seed))

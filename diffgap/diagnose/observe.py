@@ -18,6 +18,7 @@ from diffgap.models.denoiser import Condition
 from diffgap.models.inputs import frame_mask, hidden
 from diffgap.ops import q_sample, sample_seeds
 from diffgap.ops.solver_step import StepOutput
+from diffgap.retrieval.diagnostics import ModalityGap, modality_gap
 
 #: Noise levels of the denoising errors, the midpoints of equal parts of the schedule.
 LEVELS = 8
@@ -31,12 +32,14 @@ class Side(NamedTuple):
         x: Embeddings as the encoder gives them, (N, D) or (N, T, D).
         z: Unit vectors of the contrastive space, (N, width) or (N, T, width).
         mask: (N, T) bool, the frames that are there; None for vectors.
+        groups: (N,) names of the rows' groups, all different.
     """
 
     modality: str
     x: Tensor
     z: Tensor
     mask: Tensor | None
+    groups: np.ndarray
 
     def pooled(self) -> Tensor:
         """(N, width) float64 on the CPU: the unit mean over the frames of a sequence, a vector as it is."""
@@ -56,6 +59,7 @@ class Samples:
         norms: (S,) root mean square norm of the samples after each step, over what it should be.
         estimate_norms: (S,) that of the estimates of x0, over that of real embeddings.
         norm_spread: Relative standard deviation of the norm of one noisy real embedding, the largest over the steps.
+        groups: (N,) names of the pairs' groups, all different.
     """
 
     source: Tensor
@@ -67,6 +71,18 @@ class Samples:
     norms: Tensor
     estimate_norms: Tensor
     norm_spread: float
+    groups: np.ndarray
+
+    def gaps(self, seed: int) -> tuple[ModalityGap, ModalityGap]:
+        """The modality gap before and after bridging, as :func:`diffgap.retrieval.evaluate.evaluate_runs` has it.
+
+        The names of the groups decide the folds of the classifier, so they are the same there.
+        """
+        folds = min(5, len(self.target))
+        before, after = (
+            modality_gap(x, self.target, self.groups, folds=folds, seed=seed) for x in (self.source, self.translated)
+        )
+        return before, after
 
 
 class Errors(NamedTuple):
@@ -94,7 +110,7 @@ def _side(bridge: DiffGAP, store: EmbeddingStore, modality: str, rows: np.ndarra
         mask = frame_mask(lengths.to(device), frames)
         x = hidden(x[:, :frames], mask)
     with torch.no_grad(), evaluating(bridge):
-        return Side(modality, x, bridge.project(modality, x), mask)
+        return Side(modality, x, bridge.project(modality, x), mask, store.column("group")[rows].astype(str))
 
 
 def _pooled(z: Tensor, mask: Tensor | None) -> Tensor:
@@ -154,6 +170,7 @@ def draw(bridge: DiffGAP, source: Side, target: Side, *, num_samples: int, seed:
         torch.tensor(norms, dtype=torch.float64),
         torch.tensor(estimate_norms, dtype=torch.float64),
         spread**0.5,
+        source.groups,
     )
 
 

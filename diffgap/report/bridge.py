@@ -15,7 +15,7 @@ from diffgap.diagnose.observe import Samples, draw, pairs
 from diffgap.models.bridge import DiffGAP
 from diffgap.report.charts import INK, SERIES, chart
 from diffgap.report.html import Html, Section, element, figure, grid, joined, paragraph, table
-from diffgap.retrieval.diagnostics import ModalityGap, modality_gap
+from diffgap.retrieval.diagnostics import ModalityGap
 from diffgap.retrieval.report import gap_table
 
 __all__ = ["gap", "observe", "trajectories"]
@@ -52,7 +52,7 @@ def gap(observed: dict[str, Samples], split: str, *, seed: int) -> Section:
     """Figures of the gap, and the pairs on principal axes."""
     if not observed:
         return Section("gap", "The gap", _nothing(split))
-    gaps = {name: _gaps(samples, seed) for name, samples in observed.items()}
+    gaps = {name: samples.gaps(seed) for name, samples in observed.items()}
     counts = "; ".join(f"{name} {before.pairs}" for name, (before, _) in gaps.items())
     parts = [
         paragraph(
@@ -89,14 +89,6 @@ def trajectories(observed: dict[str, Samples], split: str, solver: str) -> Secti
 
 def _nothing(split: str) -> Html:
     return paragraph(f"The {split} split has no two pairs of any direction that the bridge was trained in.")
-
-
-def _gaps(samples: Samples, seed: int) -> tuple[ModalityGap, ModalityGap]:
-    folds = min(5, len(samples.target))
-    before, after = (
-        modality_gap(x, samples.target, folds=folds, seed=seed) for x in (samples.source, samples.translated)
-    )
-    return before, after
 
 
 def _scatter(name: str, samples: Samples, gaps: tuple[ModalityGap, ModalityGap]) -> Iterator[Html]:

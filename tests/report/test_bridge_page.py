@@ -66,15 +66,16 @@ def test_retrieval_is_that_of_the_evaluation(page: Element, workshop: Workshop) 
     assert len(section.all("svg")) == 2
 
 
-def _pairs(workshop: Workshop) -> dict[str, torch.Tensor]:
-    """Embeddings of the first row of every group of the test split."""
+def _pairs(workshop: Workshop) -> tuple[dict[str, torch.Tensor], np.ndarray]:
+    """Embeddings of the first row of every group of the test split, and the groups."""
     store = workshop.store().split("test")
     rows = np.sort(np.unique(store.column("group"), return_index=True)[1])
-    return {name: store.embeddings(name, rows) for name in store.modalities}
+    return {name: store.embeddings(name, rows) for name in store.modalities}, store.column("group")[rows]
 
 
 def test_the_gap_is_that_of_the_model_on_the_pairs(page: Element, workshop: Workshop) -> None:
-    bridge, x = load_run(workshop.run)[0], _pairs(workshop)
+    bridge, (x, groups) = load_run(workshop.run)[0], _pairs(workshop)
+    evaluated = json.loads((workshop.run / "eval" / "report.json").read_text())["gaps"]
     head, *rows = page.section("gap").table("The gap between queries and their partners")
     assert [row[:2] for row in rows] == [
         [direction, queries]
@@ -85,14 +86,17 @@ def test_the_gap_is_that_of_the_model_on_the_pairs(page: Element, workshop: Work
         own, partner = bridge.project(source, x[source]), bridge.project(target, x[target])
         bridged = bridge.translate(target, seed=0, **{source: x[source]})
         for row, queries in ((before, own), (after, bridged)):
-            expected = asdict(modality_gap(queries.detach(), partner.detach()))
+            expected = asdict(modality_gap(queries.detach(), partner.detach(), groups))
             for name in head[2:]:
                 assert row[head.index(name)] == f"{expected[name.replace(' ', '_')]:.3f}"
+        # As `diffgap eval` has it, to the separability, whose folds follow from the groups.
+        expected = evaluated[f"{source} -> {target}"]["before"]
+        assert before[2:] == [f"{expected[name.replace(' ', '_')]:.3f}" for name in head[2:]]
     assert len(page.section("gap").all("svg")) == 4
 
 
 def test_a_trajectory_begins_and_ends_where_the_sample_does(page: Element, workshop: Workshop) -> None:
-    bridge, x = load_run(workshop.run)[0], _pairs(workshop)
+    bridge, x = load_run(workshop.run)[0], _pairs(workshop)[0]
     captions = [caption.text for caption in page.section("trajectories").all("figcaption")]
     for source, target, caption in (("audio", "text", captions[0]), ("text", "audio", captions[1])):
         partner = bridge.project(target, x[target]).detach()
