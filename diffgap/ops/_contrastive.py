@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from diffgap.ops._dispatch import is_finite
+from diffgap.ops._dispatch import is_finite, readable
 
 Reduction = Literal["mean", "sum", "none"]
 
@@ -93,8 +93,7 @@ def scalar(op: str, name: str, value: float | Tensor, like: Tensor) -> Tensor:
                 f"{op}: {name} must be a number or a floating-point tensor of one element, "
                 f"got {value.dtype} of shape {tuple(value.shape)}"
             )
-        readable = value.device.type == "cpu" and not torch.compiler.is_compiling()
-        if readable and not is_finite(value.item()):
+        if readable(value) and not is_finite(value.item()):
             raise ValueError(f"{op}: {name} must be finite, got {value.item()}")
         return value.reshape(()).to(like.device, compute_dtype(like))
     if not isinstance(value, (int, float)):

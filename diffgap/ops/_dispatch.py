@@ -88,6 +88,16 @@ class Choice:
 _ops: dict[str, dict[str, Native]] = {}
 
 
+def transformed() -> bool:
+    """Whether this runs inside ``torch.func.grad``, ``vmap`` or another of their kind."""
+    return torch._C._are_functorch_transforms_active()
+
+
+def readable(x: Tensor) -> bool:
+    """Whether a check may look at the values of ``x``: on a GPU that would stall the host, and a trace has none."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling() and not transformed()
+
+
 def _obstacle(op: str, device: str, dtype: torch.dtype) -> str | None:
     """Why the native kernel of ``op`` cannot take inputs of this device and dtype; ``None`` if it can."""
     native = _ops[op].get(device)
@@ -99,6 +109,8 @@ def _obstacle(op: str, device: str, dtype: torch.dtype) -> str | None:
         return f"its {native.provider} kernel does not take {dtype}"
     if forward_ad._current_level >= 0:
         return "kernels carry no tangents of forward-mode differentiation"
+    if transformed():
+        return "kernels have no rule for the transforms of torch.func, such as grad and vmap"
     return None
 
 

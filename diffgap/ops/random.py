@@ -125,7 +125,7 @@ def check_seed(seed: Tensor, batch: int, device: torch.device) -> None:
 def check_index(name: str, index: Tensor, batch: int, device: torch.device, rows: int) -> None:
     """Raise ValueError or TypeError unless ``index`` is int64 (batch,) on ``device``, values in [0, rows).
 
-    Values are checked on the CPU only, where that does not stall a queue of kernels, and not while compiling.
+    Values are checked where :func:`~diffgap.ops._dispatch.readable`.
     """
     if not isinstance(index, Tensor) or index.dtype != torch.int64:
         got = index.dtype if isinstance(index, Tensor) else type(index).__name__
@@ -134,7 +134,7 @@ def check_index(name: str, index: Tensor, batch: int, device: torch.device, rows
         raise ValueError(f"{name}: expected shape ({batch},), one value per sample, got {tuple(index.shape)}")
     if index.device != device:
         raise ValueError(f"{name}: is on {index.device}, the samples are on {device}; move it with .to()")
-    if index.device.type == "cpu" and batch > 0 and not torch.compiler.is_compiling():
+    if batch > 0 and _dispatch.readable(index):
         low, high = (int(value) for value in index.aminmax())
         if low < 0 or high >= rows:
             raise ValueError(f"{name}: values must lie in [0, {rows}), got {low} to {high}")

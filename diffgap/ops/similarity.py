@@ -116,8 +116,8 @@ def similarity_rank_counts(q: Tensor, g: Tensor, positives: Positives) -> tuple[
 
 
 def _check_each(valid: Tensor, values: Tensor, problem: str) -> None:
-    """Raise with the first query that is not ``valid``; reads the values, so not while compiling."""
-    if not torch.compiler.is_compiling() and not valid.all():
+    """Raise with the first query that is not ``valid``; reads the values, so not while compiling or under vmap."""
+    if not (torch.compiler.is_compiling() or _dispatch.transformed() or valid.all()):
         row = int(valid.logical_not().nonzero()[0])
         raise ValueError(f"similarity_ranks: query {row} {problem.format(int(values[row]))}")
 
@@ -138,11 +138,12 @@ def _tiles(rows: int, size: int) -> Iterator[slice]:
 
 def similarity_topk_reference(q: Tensor, g: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The definition: merge each tile of scores into the best k so far with a stable sort."""
-    values = q.new_empty((q.shape[0], k), dtype=compute_dtype(q))
-    indices = torch.empty((q.shape[0], k), dtype=torch.int64, device=q.device)
+    # Lists, since vmap cannot write its results into a tensor made here.
+    values = [q.new_empty((0, k), dtype=compute_dtype(q))]
+    indices = [torch.empty((0, k), dtype=torch.int64, device=q.device)]
     for queries in _tiles(q.shape[0], _QUERY_ROWS):
-        best = values.new_empty((q[queries].shape[0], 0))
-        best_index = indices.new_empty(best.shape)
+        best = values[0].new_empty((q[queries].shape[0], 0))
+        best_index = indices[0].new_empty(best.shape)
         for columns in _tiles(g.shape[0], _GALLERY_ROWS):
             tile = _scores(q[queries], g[columns])
             tile_index = torch.arange(g.shape[0], device=g.device)[columns].expand(tile.shape)
@@ -150,20 +151,22 @@ def similarity_topk_reference(q: Tensor, g: Tensor, k: int) -> tuple[Tensor, Ten
             best, order = torch.cat([best, tile], dim=1).sort(dim=1, descending=True, stable=True)
             best_index = torch.cat([best_index, tile_index], dim=1).gather(1, order)
             best, best_index = best[:, :k], best_index[:, :k]
-        values[queries], indices[queries] = best, best_index
-    return values, indices
+        values.append(best)
+        indices.append(best_index)
+    return torch.cat(values), torch.cat(indices)
 
 
 def similarity_ranks_reference(q: Tensor, g: Tensor, ids_q: Tensor, ids_g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The definition: find the best positive's score in one pass over the gallery, compare with it in a
     second."""
-    counts = ids_q.new_zeros((3, q.shape[0]))
+    counts = [ids_q.new_zeros((3, 0))]
     for queries in _tiles(q.shape[0], _QUERY_ROWS):
         rows, ids = q[queries], ids_q[queries, None]
         target = rows.new_full((rows.shape[0], 1), -torch.inf, dtype=compute_dtype(q))
         for columns in _tiles(g.shape[0], _GALLERY_ROWS):
             scores = _scores(rows, g[columns]).masked_fill(ids != ids_g[columns], -torch.inf)
             target = torch.maximum(target, scores.amax(dim=1, keepdim=True))
+        count = ids_q.new_zeros((3, rows.shape[0]))
         for columns in _tiles(g.shape[0], _GALLERY_ROWS):
             scores, positive = _scores(rows, g[columns]), ids == ids_g[columns]
             outcomes = (
@@ -171,8 +174,9 @@ def similarity_ranks_reference(q: Tensor, g: Tensor, ids_q: Tensor, ids_g: Tenso
                 (scores == target) & ~positive,
                 (scores == target) & positive,
             )
-            counts[:, queries] += torch.stack([outcome.sum(dim=1) for outcome in outcomes])
-    above, tied, best = counts.unbind()
+            count = count + torch.stack([outcome.sum(dim=1) for outcome in outcomes])
+        counts.append(count)
+    above, tied, best = torch.cat(counts, dim=1).unbind()
     return above.clone(), tied.clone(), best.clone()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ from torch.autograd import forward_ad
 
 from diffgap import ops
 from diffgap.ops import _dispatch
+from diffgap.ops._native import CPU_MISSING
+from tests.helpers import assert_close_to_oracle
 
 
 def random(*shape: int) -> Tensor:
@@ -66,6 +69,54 @@ def test_forward_mode_is_that_of_the_reference(op: str) -> None:
     assert expected.abs().max() > 0.0
     assert torch.equal(found, expected)
     torch.testing.assert_close(functional, expected)
+
+
+def loss_gradient(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    x = x.clone().requires_grad_()
+    return torch.autograd.grad(function(x).cos().sum(), x)[0]
+
+
+def rows_apart(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    return torch.stack([function(x), function(x.cos())])
+
+
+#: By transform of torch.func: it, and the same without it.
+TRANSFORMS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
+    "grad": (lambda f, x: torch.func.grad(lambda x: f(x).cos().sum())(x), loss_gradient),
+    "vjp": (lambda f, x: torch.func.vjp(lambda x: f(x).cos().sum(), x)[1](x.new_ones(()))[0], loss_gradient),
+    "jacrev": (lambda f, x: torch.func.jacrev(f)(x), lambda f, x: torch.autograd.functional.jacobian(f, x)),
+    "vmap": (lambda f, x: torch.vmap(f)(torch.stack([x, x.cos()])), rows_apart),
+    "vmap of grad": (
+        lambda f, x: torch.vmap(torch.func.grad(lambda x: f(x).cos().sum()))(torch.stack([x, x.cos()])),
+        lambda f, x: rows_apart(lambda x: loss_gradient(f, x), x),
+    ),
+}
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("op", OPS)
+def test_transforms_of_torch_func_are_those_of_the_reference(op: str, transform: str) -> None:
+    function, x = OPS[op]
+    transformed, plain = TRANSFORMS[transform]
+    with _dispatch.backend("eager"):
+        expected = plain(function, x)
+    assert expected.abs().max() > 0.0
+    assert_close_to_oracle(transformed(function, x), expected)
+
+
+def test_kernels_say_that_they_have_no_rule_for_transforms() -> None:
+    explained: list[_dispatch.Choice] = []
+
+    def function(x: Tensor) -> Tensor:
+        explained.extend(ops.explain())
+        return ops.silu_mul(x)
+
+    torch.vmap(function)(random(2, 3, D))
+    rows = [row for row in explained if row.op == "adaln"]
+    assert all(row.backend == "eager" for row in rows)
+    assert CPU_MISSING or all("the transforms of torch.func" in row.reason for row in rows)
+    with _dispatch.backend("native"), pytest.raises(RuntimeError, match="'native' was asked for, but"):
+        torch.vmap(lambda x: ops.adaln(x, None, None, MODULATION, MODULATION)[1])(random(2, 2, 3, D))
 
 
 def penalised(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:

@@ -238,6 +238,17 @@ def test_similarity_compiles_into_one_graph() -> None:
     torch.testing.assert_close(actual, function(q, g, positives))
 
 
+def test_similarity_under_vmap() -> None:
+    q, g, ids = (torch.stack(pair) for pair in zip(
+        (embeddings(9, 5), embeddings(40, 5), torch.arange(9)),
+        (embeddings(9, 5, seed=1), embeddings(40, 5, seed=1), torch.arange(9).flip(0)),
+        strict=True,
+    ))  # fmt: skip
+    for function in (lambda q, g, _: similarity_topk(q, g, 3)[1], similarity_ranks):
+        expected = torch.stack([function(*each) for each in zip(q, g, ids, strict=True)])
+        assert torch.equal(torch.vmap(function)(q, g, ids), expected)
+
+
 def test_similarity_ignores_autocast() -> None:
     q, g = embeddings(6, 8), embeddings(9, 8, seed=1)
     expected = similarity_topk(q, g, 9), similarity_ranks(q, g, torch.arange(6))
