@@ -18,7 +18,20 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-from benchmarks.cases import DIRECTIONS, DTYPES, Case, Direction, Gate, Inputs, Outputs, Peer, Run
+from benchmarks.cases import (
+    DIRECTIONS,
+    DTYPES,
+    Case,
+    Direction,
+    Gate,
+    Inputs,
+    Outputs,
+    Peer,
+    Run,
+    differentiated,
+    in_float64,
+    under,
+)
 from diffgap.ops.attention import attention
 
 #: What a case has beside queries, keys and values.
@@ -33,6 +46,10 @@ LENGTHS = {
 }
 #: Where queries and keys are normalised, or some keys masked.
 OPTION_LENGTHS = (16, 16)
+#: Inputs that have a part for every sample of the batch.
+_OF_SAMPLES = ("q", "k", "v", "key_mask")
+#: Logits of a slice of the batch in the oracle, which holds several tensors of so many in float64.
+_ORACLE_LOGITS = 1 << 26
 _PRODUCTS = {"fwd": 2, "fwd+bwd": 7}
 _EPS = 1e-6
 
@@ -61,14 +78,16 @@ def attention_case(
 ) -> Case:
     """Attention of ``n_q`` queries to ``n_k`` keys, and in a ``fwd+bwd`` case the gradients of all it is made from."""
     dtype = DTYPES[dtype_name]
+    inputs = partial(_inputs, direction, (batch, n_q, n_k, heads, head_dim), dtype, option)
     label = direction if option is None else f"{direction}+{option}"
     return Case(
         f"attention/{label}/{batch}x{n_q}x{n_k}x{heads}x{head_dim}/{dtype_name}",
         dtype,
-        partial(_inputs, direction, (batch, n_q, n_k, heads, head_dim), dtype, option),
+        inputs,
         _attention,
         (*PEERS, COPY) if direction == "fwd" else PEERS,
         flops=_PRODUCTS[direction] * 2.0 * batch * heads * n_q * n_k * head_dim,
+        expected=lambda device: _sliced_oracle(inputs(device), max(1, _ORACLE_LOGITS // (heads * n_q * n_k))),
         infeasible=partial(_infeasible, direction, dtype, option),
     )
 
@@ -98,6 +117,25 @@ def _inputs(
         lengths = torch.randint(1, n_k + 1, (batch, 1), generator=generator)
         inputs["key_mask"] = (torch.arange(n_k) < lengths).to(device)
     return inputs
+
+
+def _sliced_oracle(inputs: Inputs, samples: int) -> Outputs:
+    """The outputs in float64, of ``samples`` of the batch at a time: no sample has an influence on another's.
+
+    At once the largest batch of the models would take about 96 GB.
+    """
+    parts = []
+    for start in range(0, inputs["q"].shape[0], samples):
+        rows = slice(start, start + samples)
+        exact = in_float64({name: x[rows] if name in _OF_SAMPLES else x for name, x in inputs.items()})
+        run = under("eager", partial(_attention, **exact))
+        parts.append(differentiated(run, exact, first=start * inputs["q"][0].numel())())
+    # The output, then the gradients of the inputs that have one; those of shared inputs add up.
+    names = ["output", *(name for name, x in inputs.items() if x.requires_grad)]
+    return tuple(
+        torch.cat(of_slices) if name in ("output", *_OF_SAMPLES) else torch.stack(of_slices).sum(0)
+        for name, of_slices in zip(names, zip(*parts, strict=True), strict=True)
+    )
 
 
 def _infeasible(

@@ -101,8 +101,8 @@ def implementations(case: Case, inputs: Inputs, without: Container[str] = ()) ->
     compiled = torch.compile(case.call, fullgraph=True, dynamic=False)
     forward: dict[str, Run] = {
         "diffgap": lambda: case.call(**inputs),
-        "eager": _under("eager", lambda: case.call(**inputs)),
-        "compile": _under("eager", lambda: compiled(**inputs)),
+        "eager": under("eager", lambda: case.call(**inputs)),
+        "compile": under("eager", lambda: compiled(**inputs)),
     }
     present = [peer for peer in case.peers if not peer.missing and peer.name not in without]
     forward |= {peer.name: _prepared(peer, inputs) for peer in present}
@@ -127,7 +127,7 @@ def oracle(case: Case, inputs: Inputs) -> Outputs:
     if case.expected is not None:
         return case.expected(next(tensors(inputs)).device)
     exact = in_float64(inputs)
-    return differentiated(_under("eager", lambda: case.call(**exact)), exact)()
+    return differentiated(under("eager", lambda: case.call(**exact)), exact)()
 
 
 def peer_oracle(case: Case, peer: Peer, inputs: Inputs) -> Outputs | None:
@@ -140,8 +140,11 @@ def peer_oracle(case: Case, peer: Peer, inputs: Inputs) -> Outputs | None:
     return expected
 
 
-def differentiated(run: Run, inputs: Inputs) -> Run:
-    """``run`` and the backward pass into the inputs that require a gradient; ``run`` itself if none does."""
+def differentiated(run: Run, inputs: Inputs, first: int = 0) -> Run:
+    """``run`` and the backward pass into the inputs that require a gradient; ``run`` itself if none does.
+
+    Where ``run`` computes a slice of a case's output, ``first`` is the place of its first element in that.
+    """
     leaves = [x for x in tensors(inputs) if x.requires_grad]
     if not leaves:
         return run
@@ -150,7 +153,7 @@ def differentiated(run: Run, inputs: Inputs) -> Run:
     def forward_and_backward() -> Outputs:
         outputs = tuple(x for x in run() if x.requires_grad)
         if not cotangents:
-            cotangents.extend(_cotangent(x) for x in outputs)
+            cotangents.extend(_cotangent(x, first) for x in outputs)
         return (*(x.detach() for x in outputs), *torch.autograd.grad(outputs, leaves, cotangents))
 
     return forward_and_backward
@@ -174,7 +177,9 @@ def tensors(inputs: Mapping[str, Any]) -> Iterator[Tensor]:
         yield from (item for item in items if isinstance(item, Tensor))
 
 
-def _under(name: Backend, run: Run) -> Run:
+def under(name: Backend, run: Run) -> Run:
+    """``run`` by a backend."""
+
     def selected() -> Outputs:
         with backend(name):
             return run()
@@ -182,7 +187,7 @@ def _under(name: Backend, run: Run) -> Run:
     return selected
 
 
-def _cotangent(output: Tensor) -> Tensor:
+def _cotangent(output: Tensor, first: int) -> Tensor:
     """A gradient of ``output`` that varies, of eighths that every dtype holds exactly; 1/2 for a scalar."""
-    eighths = torch.arange(output.numel(), device=output.device) % 7 + 4
+    eighths = torch.arange(first, first + output.numel(), device=output.device) % 7 + 4
     return (eighths / 8).to(output.dtype).reshape(output.shape)

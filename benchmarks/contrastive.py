@@ -104,12 +104,13 @@ def clip_large_case(rows: int, width: int, copies: int, dtype: torch.dtype = tor
         return loss + torch.tensor(float(copies)).log(), grad_a[index] / copies, grad_b[index] / copies, grad_scale
 
     def infeasible(device: torch.device) -> Mapping[str, str]:
-        stored = dtype.itemsize * rows * rows
         reasons: dict[str, str] = {}
-        # The logits and log-softmaxes of both directions, and their gradients.
-        if device.type == "cpu" or 8 * stored > torch.cuda.get_device_properties(device).total_memory:
-            text = f"needs several N x N matrices of {stored / 2**30:.0f} GiB"
-            reasons = dict.fromkeys(("eager", "compile", "open_clip"), text)
+        # Eager code makes float32 logits of all inputs, open_clip those of the inputs' dtype.
+        for name, itemsize in (("eager", 4), ("compile", 4), ("open_clip", dtype.itemsize)):
+            stored = itemsize * rows * rows
+            # The logits and log-softmaxes of both directions, and their gradients.
+            if device.type == "cpu" or 8 * stored > torch.cuda.get_device_properties(device).total_memory:
+                reasons[name] = f"needs several N x N matrices of {stored / 2**30:.0f} GiB"
         if device.type == "cpu":
             reasons |= dict.fromkeys(("torch_lce", "torch_chunked"), "minutes a call; see the smaller batch")
         return reasons

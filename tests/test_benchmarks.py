@@ -395,6 +395,16 @@ def test_shuffled_copies_have_the_outputs_the_large_case_expects() -> None:
     assert {skipped.impl for skipped in result.skipped} >= {"eager", "compile", "open_clip"}
 
 
+def test_large_case_counts_float32_logits_of_eager_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In bfloat16 open_clip's are half as large: with room for eight matrices of these, eager code is out."""
+    case = contrastive.clip_large_case(64, 8, 8, torch.bfloat16)
+    room = SimpleNamespace(total_memory=8 * 2 * 64 * 64)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: room)
+    assert set(case.infeasible(torch.device("cuda"))) == {"eager", "compile"}
+    room.total_memory *= 2
+    assert not case.infeasible(torch.device("cuda"))
+
+
 @pytest.mark.parametrize("size", ["ci", "full"])
 def test_contrastive_names(size: str) -> None:
     names = [case.name for case in contrastive.cases(size)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -57,6 +58,29 @@ def test_case_passes_the_gate(case: Case) -> None:
     assert not result.failures
     present = {peer.name for peer in case.on(CPU).peers if not peer.missing}
     assert {row.impl for row in result.rows} == {"diffgap", "eager", "compile", *present} - set(case.infeasible(CPU))
+
+
+@pytest.mark.parametrize("option", ["norm", "mask"])
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_oracle_by_slices_of_the_batch_is_that_of_the_whole(
+    monkeypatch: pytest.MonkeyPatch, direction: Direction, option: str
+) -> None:
+    case = attention.attention_case(direction, 5, 6, 19, "fp32", option, heads=2, head_dim=24)
+    whole = cases.oracle(replace(case, expected=None), case.inputs(CPU))
+    taken: list[int] = []
+    reference = attention.attention
+
+    def call(**inputs: Tensor) -> Tensor:
+        taken.append(len(inputs["q"]))
+        return reference(**inputs)
+
+    monkeypatch.setattr(attention, "attention", call)
+    monkeypatch.setattr(attention, "_ORACLE_LOGITS", 2 * (2 * 6 * 19) + 1)
+    slices = cases.oracle(case, case.inputs(CPU))
+    assert taken == [2, 2, 1]
+    for ours, expected in zip(slices, whole, strict=True):
+        assert ours.dtype == torch.float64
+        torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("family", [attention, adaln, denoiser])
