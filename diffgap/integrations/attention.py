@@ -38,7 +38,8 @@ def scaled_dot_product_attention(
         enable_gqa: heads of ``key`` and ``value`` serve groups of consecutive heads of ``query``.
 
     Returns:
-        The shape and dtype of ``query``, differentiable once.
+        The shape and dtype of ``query``, differentiable once. ``output.transpose(-3, -2)``, (..., L, H, E), is
+        contiguous, as torch's is if that of ``query`` is.
 
     Raises:
         RuntimeError: backend ``native`` was asked for and the call is not one of ours.

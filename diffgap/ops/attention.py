@@ -65,7 +65,7 @@ def attention(
         scale: factor of the logits; ``d ** -0.5`` by default.
 
     Returns:
-        The shape of ``q``, in its dtype. Gradients for q, k, v and both weights.
+        The shape of ``q``, in its dtype, contiguous. Gradients for q, k, v and both weights.
 
     Raises:
         ValueError: shapes or devices do not fit together, or ``scale`` is not finite.
@@ -128,7 +128,7 @@ def attention_reference(
             weights = logits.masked_fill(empty, 0.0).softmax(-1).masked_fill(empty, 0.0)
         else:
             weights = logits.softmax(-1)
-        return (weights @ v).transpose(1, 2).to(dtype)
+        return (weights @ v).transpose(1, 2).to(dtype).contiguous()  # as the kernels: users take views of it
 
 
 def _hidden_pairs(q: Tensor, k: Tensor, key_mask: Tensor | None, causal: bool) -> Tensor | None:
@@ -196,7 +196,7 @@ def _check(
 
 def _forward(*inputs: Any) -> tuple[Tensor, Tensor]:
     output = attention_reference(*inputs)
-    return output.contiguous(), output.new_empty(0, dtype=torch.float32)
+    return output, output.new_empty(0, dtype=torch.float32)
 
 
 def _forward_fake(q: Tensor, k: Tensor, *others: Any) -> tuple[Tensor, Tensor]:

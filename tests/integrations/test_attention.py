@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 import diffgap
 from diffgap.integrations.attention import scaled_dot_product_attention
+from diffgap.ops._dispatch import Backend
 from tests.helpers import assert_close_to_oracle
 from tests.integrations.attention_calls import attention_calls
 
@@ -146,15 +147,29 @@ def test_queries_without_keys_give_zeros() -> None:
         assert (x[0] != 0).any()
 
 
-def test_layouts_of_a_projection_are_views() -> None:
+@pytest.mark.parametrize("backend", ["native", "eager"])
+def test_layouts_of_a_projection_are_views(backend: Backend) -> None:
     """(B, N, H, d) memory, as every module has it, goes to the op and comes back without a copy."""
     q, k, v = (
         x.transpose(1, 2).contiguous().transpose(1, 2) for x in inputs((2, 3, 5, 8), (2, 3, 7, 8), torch.float32)
     )
     expected = F.scaled_dot_product_attention(q.double(), k.double(), v.double())
-    actual = scaled_dot_product_attention(q, k, v)
-    assert_close_to_oracle(actual, expected)
-    assert actual.transpose(1, 2).is_contiguous()
+    with diffgap.backend(backend):
+        actual = scaled_dot_product_attention(q, k, v)
+    # How heads are joined after torch's function.
+    assert_close_to_oracle(*(x.transpose(1, 2).view(2, 5, 24) for x in (actual, expected)))
+
+
+@pytest.mark.parametrize("backend", ["native", "eager"])
+@pytest.mark.parametrize("case", OURS)
+def test_heads_can_be_joined_by_a_view(case: str, backend: Backend) -> None:
+    query, key, options = OURS[case]
+    with diffgap.backend(backend):
+        output = scaled_dot_product_attention(*inputs(query, key, torch.float32), **options)
+    if len(query) > 3:
+        output.transpose(-3, -2).view(*query[:-3], query[-2], -1)
+    elif not options.get("enable_gqa"):
+        output.view(-1)
 
 
 @pytest.mark.parametrize("case", ["4d", "causal", "3d, rows of keys", "5d, rows of keys", "gqa"])
