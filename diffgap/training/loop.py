@@ -29,7 +29,7 @@ from diffgap._files import check_writable, remove_leftovers
 from diffgap.training import checkpoint
 from diffgap.training.config import TrainConfig, YamlConfig
 from diffgap.training.folder import MetricsLog, exclusive, explained
-from diffgap.training.plan import batch_rows, learning_rate_factor, row_seeds
+from diffgap.training.plan import batch_rows, ema_decay, learning_rate_factor, row_seeds
 from diffgap.training.watch import watched
 
 Report = Callable[[int, dict[str, float]], None]
@@ -118,7 +118,7 @@ class TrainingLoop(ABC, Generic[Model]):
             model.parameter_groups(train.weight_decay), lr=train.learning_rate, betas=(0.9, 0.99)
         )
         self.own = model
-        self.ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(train.ema_decay))
+        self.ema = AveragedModel(model, multi_avg_fn=_moving_average(train))
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
 
     @property
@@ -182,11 +182,13 @@ class TrainingLoop(ABC, Generic[Model]):
         file = self.folder / "config.yaml"
         check_writable(self.folder, file)
         if file.exists():
-            differences = type(self.run_config).load(file).differences(self.run_config)
-            if differences and self._has_results():
+            changes = type(self.run_config).load(file).changes_to(self.run_config)
+            if changes and self._has_results():
+                # A run of more steps has other learning rates from its first step on; so its start is another's too.
+                fixed = "; steps cannot be added, for the learning rate falls to 0 over train.steps"
                 raise ValueError(
-                    f"{self.folder} holds a run with another {', '.join(differences[:3])}; choose another output "
-                    "folder, or repeat that run's settings to resume it"
+                    f"{self.folder} holds a run with {changes}; choose another output folder, or repeat that run's "
+                    f"settings to resume it{fixed if 'train.steps' in changes else ''}"
                 )
         elif own := [name for name in _OWN if (self.folder / name).exists()]:
             raise ValueError(
@@ -314,6 +316,15 @@ class TrainingLoop(ABC, Generic[Model]):
                     state=asdict(progress) | {"scaler": {} if scaler is None else scaler.state_dict()},
                 )
         self.accelerator.wait_for_everyone()
+
+
+def _moving_average(train: TrainConfig) -> Callable[[Any, Any, Tensor | int], None]:
+    """The update of an average of weights, in place. Its number of updates is part of a checkpoint of the average."""
+
+    def update(averaged: Any, current: Any, updates: Tensor | int) -> None:
+        get_ema_multi_avg_fn(ema_decay(int(updates), train))(averaged, current, updates)
+
+    return update
 
 
 def _accelerator(train: TrainConfig, folder: Path, *, find_unused: bool) -> Accelerator:

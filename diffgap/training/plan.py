@@ -1,4 +1,4 @@
-"""What every step of a run does, as functions of the run's seed and the step: rows, learning rate, seeds.
+"""What every step of a run does, as functions of the run's seed and the step: rows, learning rate, decay, seeds.
 
 Nothing here carries state from one step to the next, which is what makes a resumed run equal to an uninterrupted one.
 """
@@ -32,6 +32,15 @@ def learning_rate_factor(step: int, config: TrainConfig, head_steps: int = 0) ->
         return (step + 1) / config.warmup_steps
     progress = (step - config.warmup_steps) / max(1, steps - config.warmup_steps)
     return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+def ema_decay(step: int, config: TrainConfig) -> float:
+    """Decay of the weight average after ``step`` updates of it: min(``config.ema_decay``, (1 + step) / (10 + step)).
+
+    The first weights then leave the average of a short run too, of which a constant decay d keeps a share d^steps. The
+    rule is that of TensorFlow's ``tf.train.ExponentialMovingAverage(decay, num_updates)``.
+    """
+    return min(config.ema_decay, (1 + step) / (10 + step))
 
 
 @lru_cache(maxsize=2)

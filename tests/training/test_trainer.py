@@ -21,7 +21,7 @@ from diffgap.data.store import EmbeddingStore, write_store
 from diffgap.models.bridge import DiffGAP
 from diffgap.training.config import RunConfig, TrainConfig
 from diffgap.training.folder import MetricsLog, exclusive
-from diffgap.training.plan import batch_rows, epoch_order, learning_rate_factor
+from diffgap.training.plan import batch_rows, ema_decay, epoch_order, learning_rate_factor
 from diffgap.training.trainer import Trainer, TrainResult
 from tests.helpers import relative_l2
 from tests.synthetic import make_config, make_store, saved_config, with_bridge
@@ -253,6 +253,24 @@ def test_learning_rate_factor() -> None:
     assert learning_rate_factor(0, TrainConfig(steps=1, warmup_steps=0)) == 1.0
 
 
+def test_the_average_forgets_its_first_weights(tmp_path: Path) -> None:
+    """As by the rule of TensorFlow, min(decay, (1 + n) / (10 + n))."""
+    config = TrainConfig(ema_decay=0.5)
+    assert [ema_decay(step, config) for step in (0, 1, 7, 8, 9, 1000)] == [0.1, 2 / 11, 8 / 17, 0.5, 0.5, 0.5]
+    assert ema_decay(10**6, TrainConfig()) == TrainConfig().ema_decay
+
+    trainer = Trainer(make_config("memory"), make_store(), tmp_path / "run", validate=constant)
+    weight, average = trainer.own.logit_scale, trainer.ema.module.logit_scale
+    expected = 0.0
+    for update in range(30):
+        with torch.no_grad():
+            weight.fill_(update)
+        trainer.ema.update_parameters(trainer.own)
+        decay = (1 + update) / (10 + update) if update else 0.0  # the first weights are copied
+        expected = decay * expected + (1 - decay) * update
+        assert average.item() == pytest.approx(expected, rel=1e-5)
+
+
 def test_batch_rows_take_every_row_once_an_epoch() -> None:
     batches = [batch_rows(step, 11, 3, seed=5) for step in range(6)]
     first, second = (torch.cat(batches[start : start + 3]) for start in (0, 3))
@@ -310,8 +328,11 @@ def test_another_configuration_is_refused(tmp_path: Path) -> None:
     train(config, tmp_path / "run")
     before = tree(tmp_path / "run")
     other = with_bridge(make_config("memory", steps=3), depth=2)
-    with pytest.raises(ValueError, match=r"another bridge\.depth, train\.steps; choose another output folder"):
+    message = r"run with bridge\.depth 1 \(now 2\), train\.steps 2 \(now 3\); choose .*steps cannot be added, for the"
+    with pytest.raises(ValueError, match=message):
         train(other, tmp_path / "run")
+    with pytest.raises(ValueError, match=r"run with bridge\.depth 1 \(now 2\); choose .* to resume it$"):
+        train(with_bridge(config, depth=2), tmp_path / "run")
     assert tree(tmp_path / "run") == before
 
 
