@@ -368,7 +368,7 @@ def test_checkpoint_of_another_configuration(refused: Callable[..., str], tmp_pa
     config = saved_config(tmp_path, steps=2)
     assert run("train", tmp_path / "run", "--config", config) == 0
     said = refused("train", tmp_path / "run", "--config", config, "--bridge.depth", "2")
-    assert "holds a run with another bridge.depth; choose another output folder" in said
+    assert "holds a run with bridge.depth 1 (now 2); choose another output folder" in said
     # The same, where someone has edited config.yaml to get past that.
     edited = RunConfig.load(config)
     (tmp_path / "run" / "config.yaml").write_text(

@@ -64,7 +64,7 @@ class TrainConfig:
     max_grad_norm: float = 1.0
     """Gradients are clipped to this norm."""
     ema_decay: float = 0.995
-    """Decay per step of the weight average that is validated and saved."""
+    """Decay per step of the weight average that is validated and saved; less at first, (1 + step) / (10 + step)."""
     eval_every: int = 400
     """Steps between validations."""
     patience: int = 0
@@ -157,6 +157,13 @@ class YamlConfig:
         """Dotted names of the fields in which two configurations differ, of those that change the result."""
         mine, theirs = _leaves(dataclasses.asdict(cast(Any, self))), _leaves(dataclasses.asdict(cast(Any, other)))
         return [name for name in mine if mine[name] != theirs.get(name) and name not in _WITHOUT_EFFECT]
+
+    def changes_to(self, other: Self) -> str:
+        """The first three :meth:`differences` with both values, "train.steps 2 (now 3)"; "" without any."""
+        mine, theirs = _leaves(dataclasses.asdict(cast(Any, self))), _leaves(dataclasses.asdict(cast(Any, other)))
+        names = self.differences(other)
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        return ", ".join(f"{name} {mine[name]!r} (now {theirs[name]!r})" for name in names[:3]) + more
 
 
 @dataclass(frozen=True)

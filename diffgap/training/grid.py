@@ -124,11 +124,11 @@ class Grid:
         for run in self.runs():
             file = run.folder(output) / "config.yaml"
             if file.is_file():
-                differences = RunConfig.load(file).differences(run.config)
-                if differences:
+                changes = RunConfig.load(file).changes_to(run.config)
+                if changes:
                     raise ValueError(
-                        f"{run.folder(output)} was trained with another {', '.join(differences[:3])} than asked "
-                        "for now; delete that folder, or choose another output folder"
+                        f"{run.folder(output)} was trained with {changes}; delete that folder, or choose another "
+                        "output folder"
                     )
 
 

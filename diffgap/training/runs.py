@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from diffgap.data.importers import NPY_DAMAGES
 from diffgap.data.store import EmbeddingStore
 from diffgap.models.bridge import DiffGAP
 from diffgap.training.config import BUNDLED, DataConfig, RunConfig
@@ -141,7 +142,7 @@ def read_npy(path: Path, modality: str) -> EmbeddingStore:
         raise FileNotFoundError(f"data file {path} does not exist")
     try:
         array = np.load(path, allow_pickle=False)
-    except (ValueError, EOFError) as error:
+    except NPY_DAMAGES as error:
         raise ValueError(f"{path} is not a .npy array of numbers ({' '.join(str(error).split())[:100]})") from error
     if array.ndim not in (2, 3) or not np.issubdtype(array.dtype, np.floating):
         raise ValueError(f"{path} holds {array.dtype} of shape {array.shape}; give floats (N, D) or (N, T, D)")

@@ -155,7 +155,7 @@ def test_command_refuses_a_changed_grid(done: tuple[Path, Grid, Ablation], capsy
     with pytest.raises(SystemExit) as stop:
         cli.main(["ablate", str(folder / "grid.yaml"), str(folder / "out"), "--steps", "7"])
     said = capsys.readouterr().err
-    assert stop.value.code == 2 and "was trained with another train.steps than asked for now" in said
+    assert stop.value.code == 2 and "was trained with train.steps " in said
     assert said.count("\n") == 1 and sorted(folder.rglob("*")) == before
 
 

@@ -62,6 +62,10 @@ def test_differences_name_the_fields() -> None:
     other = replace(config, train=replace(config.train, steps=1), data=replace(config.data, path="x"))
     assert config.differences(other) == ["data.path", "train.steps"]
     assert config.differences(config) == []
+    assert config.changes_to(other) == "data.path 'stamps' (now 'x'), train.steps 3000 (now 1)"
+    many = replace(other, train=replace(other.train, seed=1, patience=2, batch_size=8))
+    assert config.changes_to(many).endswith("train.batch_size 256 (now 8) and 2 more")
+    assert config.changes_to(config) == ""
 
 
 def test_unknown_preset() -> None:

@@ -71,7 +71,7 @@ def test_runs_of_another_configuration_are_refused_by_the_name_of_the_field(tmp_
     grid.check_output(tmp_path / "out")
     load(tmp_path, {"variants": {"plain": {}, "new": {"bridge.width": 128}}}).check_output(tmp_path / "out")
     changed = load(tmp_path, {"variants": {"plain": {}, "deep": {"bridge.depth": 5}}})
-    with pytest.raises(ValueError, match=r"deep/seed0 was trained with another bridge\.depth than asked for now"):
+    with pytest.raises(ValueError, match=r"deep/seed0 was trained with bridge\.depth 4 \(now 5\); delete"):
         changed.check_output(tmp_path / "out")
 
 
