@@ -7,6 +7,9 @@ before a block, may say
     <!-- not run `COMMAND`: REASON -->       the lines that begin so are
     <!-- with `COMMAND`: OPTIONS -->         run with these options added, which make it small enough
 
+A loop of the shell has its first two rounds. A file of the repository that a reason names exists, and what "CI runs" is
+in `.ci/run`.
+
 and at any place
 
     <!-- python                              code that runs like a block: what stands in for the reader's own data
@@ -17,6 +20,7 @@ and at any place
 from __future__ import annotations
 
 import ast
+import glob
 import importlib.util
 import json
 import os
@@ -157,14 +161,15 @@ class Session:
 
     def _shell(self, block: Block, check_only: bool) -> None:
         lines = [line.strip() for line in block.code.replace("\\\n", " ").split("\n")]
-        lines = [line for line in lines if line and not line.startswith("#")]
+        lines = [each for line in lines if line and not line.startswith("#") for each in unroll(line)]
         for marker in block.markers:
             used = not marker.command or any(line.startswith(marker.command) for line in lines)
             assert used, f"{self._place(block)}: {marker} fits no line of the block"
         for line in lines:
             applying = [marker for marker in block.markers if line.startswith(marker.command)]
-            if check_only or any(marker.kind == "not run" for marker in applying):
-                check(line)
+            reasons = [marker.text for marker in applying if marker.kind == "not run"]
+            if check_only or reasons:
+                check(line, " ".join(reasons))
                 continue
             commands, operators = split(line)
             options = [option for marker in applying for option in shlex.split(marker.text)]
@@ -179,7 +184,7 @@ class Session:
         """In this process: half of a small command's time is the import of torch."""
         status: object = 0
         try:
-            cli.main(arguments)
+            cli.main([name for word in arguments for name in sorted(glob.glob(word)) or [word]])
         except SystemExit as stop:
             status = stop.code
         assert not status, f"{self._place(block)}: diffgap {shlex.join(arguments)}: exit status {status}"
@@ -208,15 +213,25 @@ def split(line: str) -> tuple[list[list[str]], list[str]]:
         if word in _OPERATORS:
             operators.append(word)
             commands.append([])
-        elif word != "do" or commands[-1]:
+        else:
             commands[-1].append(word)
     return [command for command in commands if command], operators
 
 
-def check(line: str) -> None:
+def unroll(line: str) -> list[str]:
+    """The first two rounds of a loop of the shell; any other line as it is."""
+    loop = re.fullmatch(r"for (\w+) in ([^;]+); do (.+); done", line)
+    return [loop[3].replace(f"${loop[1]}", value) for value in loop[2].split()[:2]] if loop else [line]
+
+
+def check(line: str, reason: str = "") -> None:
     """Check a line of shell that is not run: diffgap's arguments are parsed, names of targets and modules looked up."""
+    for name in re.findall(r"\b(?:tests|docs|scripts)/[\w./]+\b", reason):
+        assert (ROOT / name).exists(), f"there is no {name}, where {line!r} is said to run"
     for command in split(line)[0]:
         if command[0] == "make":
+            in_ci = command[1] in re.findall(r"[\w-]+", (ROOT / ".ci/run").read_text())
+            assert in_ci or "CI runs" not in reason, f".ci/run has no {shlex.join(command)}"
             subprocess.run([*command, "--dry-run"], cwd=ROOT, check=True, capture_output=True)
         elif command[0] == "pip":
             for extra in re.findall(r"(?:diffgap|\.)\[([\w,-]+)\]", " ".join(command)):
@@ -225,14 +240,9 @@ def check(line: str) -> None:
             module, *arguments = command[command.index("-m") + 1 :]
             assert importlib.util.find_spec(module), f"there is no module {module}"
             if module == "diffgap":
-                _parse(arguments)
+                cli._parse(arguments)
         elif command[0] == "diffgap":
-            _parse(command[1:])
-
-
-def _parse(arguments: list[str]) -> None:
-    """Whatever a loop of the shell would put in for its variable, a number will do."""
-    cli._parse([re.sub(r"\$\w+", "0", argument) for argument in arguments])
+            cli._parse(command[1:])
 
 
 def _extras() -> set[str]:

@@ -67,17 +67,21 @@ def test_what_is_not_run_is_checked(session: Session) -> None:
     run(session, "<!-- not run: takes hours -->\n```python\nimport diffgap\nassert False\n```")
     run(session, "<!-- not run `false`: fails -->\n\n    true\n    false --option  # comment\n")
     run(session, "<!-- not run: hours -->\n\n    for x in 1 2; do diffgap train runs/$x --data.split-seed $x; done\n")
+    run(session, "<!-- not run: CI runs this; tests/docs too -->\n\n    make lint\n")
     with pytest.raises(ImportError):
         run(session, "<!-- not run: takes hours -->\n```python\nfrom diffgap import NoSuchName\n```")
     for line in (
         "diffgap train run --data.no-such-setting 1",
-        "for x in 1 2; do diffgap trian runs/$x; done",
+        "diffgap trian run",
         "torchrun --nproc-per-node 2 -m diffgap train run --no-such-flag",
         "pip install 'diffgap[no-such-extra]'",
         "python -m no_such_module",
     ):
         with pytest.raises((AssertionError, ValueError)):
             check(line)
+    for reason in ("CI runs this", "tests/no_such_file.py has a short form"):
+        with pytest.raises(AssertionError):
+            check("make soak", reason)
 
 
 @pytest.mark.parametrize(
@@ -94,6 +98,15 @@ def test_what_is_not_run_is_checked(session: Session) -> None:
 def test_markers_that_mean_nothing_are_errors(session: Session, text: str, message: str) -> None:
     with pytest.raises((AssertionError, ValueError), match=message):
         run(session, text)
+
+
+def test_a_loop_has_two_rounds_and_patterns_name_files(session: Session, capsys: pytest.CaptureFixture[str]) -> None:
+    session.folder.joinpath("README.md").touch()
+    run(session, "    for x in 1 2 3; do touch made$x; done\n")
+    assert sorted(path.name for path in session.folder.iterdir()) == ["README.md", "made1", "made2"]
+    with pytest.raises(AssertionError):
+        run(session, "    diffgap READ*\n")
+    assert "options: README.md" in capsys.readouterr().err
 
 
 def test_options_are_added_to_a_command(session: Session, capsys: pytest.CaptureFixture[str]) -> None:
