@@ -16,7 +16,12 @@ if TYPE_CHECKING:
     from diffgap.data.stamps import load_stamps
     from diffgap.data.store import EmbeddingStore
     from diffgap.diffusion.schedule import NoiseSchedule
-    from diffgap.integrations import restore_attention, scaled_dot_product_attention, swap_attention
+    from diffgap.integrations import (
+        memory_efficient_attention,
+        restore_attention,
+        scaled_dot_product_attention,
+        swap_attention,
+    )
     from diffgap.losses import ClipLoss, SigLipLoss
     from diffgap.models.bridge import DiffGAP
     from diffgap.models.settings import BridgeSettings
@@ -36,6 +41,7 @@ _HOMES = {
     "explain": "diffgap.ops",
     "load_sound_effects": "diffgap.data.sound_effects",
     "load_stamps": "diffgap.data.stamps",
+    "memory_efficient_attention": "diffgap.integrations",
     "restore_attention": "diffgap.integrations",
     "ring_clip_loss": "diffgap.ring_loss",
     "ring_siglip_loss": "diffgap.ring_loss",
@@ -57,6 +63,7 @@ __all__ = [
     "explain",
     "load_sound_effects",
     "load_stamps",
+    "memory_efficient_attention",
     "restore_attention",
     "ring_clip_loss",
     "ring_siglip_loss",
