@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import torch
+import yaml
 from torch import Tensor
 
 from diffgap.generation.latents import LatentSettings, MelAutoencoder, parse_settings
@@ -58,11 +59,16 @@ class NativeGenerator:
     def check(self, space: AudioSpace) -> None:
         """Raises ValueError for conditions of another space than the generator was trained on."""
         trained = self.model.config.space
-        if space.fingerprint != trained:
+        if space.fingerprint == trained:
+            return
+        wanted = f"the generator was trained on conditions of {trained or 'an unknown space'}"
+        if space.bridge is None and not space.encoder:
             raise ValueError(
-                f"the generator was trained on conditions of {trained or 'an unknown space'}, these are of "
-                f"{space.fingerprint}; use the bridge and the audio encoder that it was trained with"
+                f"{wanted}, and no bridge leads the query there; give the run of one with --bridge, or ask with a sound"
             )
+        raise ValueError(
+            f"{wanted}, these are of {space.fingerprint}; use the bridge and the audio encoder that it was trained with"
+        )
 
     def generate(
         self,
@@ -141,7 +147,13 @@ def load_generator(
 
 
 def weights_of(run: Path) -> Path:
-    """The folder of a generator's weights, in a run folder or itself. Raises FileNotFoundError without any."""
+    """The folder of a generator's weights, in a run folder or itself.
+
+    Raises:
+        FileNotFoundError: There are none.
+        ValueError: They are a bridge's.
+    """
+    _check_no_bridge(run)
     folder = run if (run / "config.json").is_file() else run / "model"
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{run} holds no generator; train one with `diffgap train-generator {run}`")
@@ -161,5 +173,20 @@ def data_of(run: Path) -> str:
 
 
 def _data(run: Path) -> GeneratorData | None:
+    _check_no_bridge(run)
     config = run / "config.yaml"
     return GeneratorRunConfig.load(config).data if config.is_file() else None
+
+
+def _check_no_bridge(run: Path) -> None:
+    """Raises ValueError for a run folder of ``diffgap train``, or a bridge that was saved alone."""
+    for file, entry in ((run / "config.yaml", "bridge"), (run / "config.json", "modalities")):
+        try:
+            content = yaml.safe_load(file.read_text(encoding="utf-8"))  # of JSON too
+        except (OSError, UnicodeDecodeError, yaml.YAMLError):
+            continue  # what is missing or damaged is named where it is needed
+        if isinstance(content, dict) and entry in content:
+            raise ValueError(
+                f"{run} holds a bridge of `diffgap train`, not a generator; name the folder of `diffgap "
+                "train-generator`, and the bridge with --bridge"
+            )

@@ -36,8 +36,9 @@ def embed_query(encoder: Encoder, source: Source, space: AudioSpace) -> tuple[Te
     """
     known = space.encoder if encoder.modality == space.modality else space.others.get(encoder.modality, "")
     if known and known != encoder.fingerprint:
+        trained = "the conditions are" if space.bridge is None else "the bridge was trained on"
         raise ValueError(
-            f"the {encoder.modality} encoder has fingerprint {encoder.fingerprint}, but the bridge was trained on "
+            f"the {encoder.modality} encoder has fingerprint {encoder.fingerprint or 'unknown'}, but {trained} "
             f"embeddings of {known}; name that encoder"
         )
     if space.bridge is not None:

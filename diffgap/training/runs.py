@@ -95,7 +95,7 @@ def bridge_embeddings(
         data: Store folder, a bundled set ("stamps", "stamps-frames", "sound-effects"), or a ``.npy`` file of shape
             (N, D) or (N, T, D); "" for the run's own data.
         split: Rows of a store: "train", "val", "test" or "all". A ``.npy`` file is always taken whole.
-        frames: Frames to sample of a sequence modality; by default each sample has those of its source.
+        frames: Frames to sample of a sequence modality, and of no other; by default those of the sample's source.
 
     Returns:
         A store in memory with one modality, ``target``; row ``i * num_samples + k`` is sample k of input i and keeps
@@ -105,6 +105,8 @@ def bridge_embeddings(
     for role, name in (("source", source), ("target", target)):
         if name not in model.modalities:
             raise ValueError(f"{role} {name!r} is unknown to the bridge in {run}; it has {', '.join(model.modalities)}")
+    if frames is not None and target not in model.sequences:
+        raise ValueError(f"frames is {frames}, but {target!r} is one vector in the bridge in {run}; leave frames out")
     if data.endswith(".npy"):
         inputs = read_npy(Path(data), source)
     else:

@@ -156,8 +156,10 @@ def test_conditions_of_another_space_are_refused(studio: Studio, tmp_path: Path)
     only = ["--data.modalities", "audio", "text"]
     assert run("train", tmp_path / "other", "--config", tmp_path / "other.yaml", *only) == 0
     for other in (str(tmp_path / "other"), ""):
-        with pytest.raises(ValueError, match=r"trained on conditions of head:\w+, these are of"):
+        with pytest.raises(ValueError, match=r"trained on conditions of head:\w+, these are of \w+:\w"):
             generator.check(build_space(str(studio.generator), other, "audio:1"))
+    with pytest.raises(ValueError, match=r"conditions of head:\w+, and no bridge leads the query there; give the run"):
+        generator.check(build_space(str(studio.generator), ""))
     with pytest.raises(ValueError, match=r"trained on audio embeddings of .*; these are of audio:9"):
         build_space(str(studio.generator), None, "audio:9")
     # A gallery's encoder alone is a space too.
@@ -177,6 +179,7 @@ def test_conditions_of_another_space_are_refused(studio: Studio, tmp_path: Path)
         ([*QUERY, "--vocoder", "vocos"], "vocoder"),
         (["--audio", "absent.wav", "--encoder", TONES], "does not exist"),
         ([*QUERY, "--bridge", "nowhere"], "nowhere"),
+        ([*QUERY, "--bridge", ""], "and no bridge leads the query there; give the run of one with --bridge"),
     ],
 )
 def test_bad_input_is_one_line_and_no_file(
@@ -187,6 +190,15 @@ def test_bad_input_is_one_line_and_no_file(
     assert run("generate", "--generator", studio.generator, *arguments, *output) == 2
     said = capsys.readouterr().err
     assert message in said and said.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_bridge_is_no_generator(studio: Studio, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for command in (["generate", *QUERY], ["generate-set"]):
+        for bridge in (studio.bridge, studio.bridge / "model"):
+            assert run(*command, "--generator", bridge, "-o", tmp_path / "tone.wav") == 2
+            said = capsys.readouterr().err
+            assert f"{bridge} holds a bridge of `diffgap train`, not a generator; name the folder of" in said
     assert not list(tmp_path.iterdir())
 
 

@@ -274,7 +274,7 @@ def test_labels_that_the_classifier_lacks_count_as_wrong() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--backbone", "ears"], "backbone 'ears' must be package.module:Name"),
+        (["--backbone", "ears"], "backbone 'ears' does not exist; use mel, offline, transformers:FOLDER,"),
         (["--backbone", "panns"], "backbone 'panns' must name its checkpoint"),
         (["--backbone", "offline:other"], "unknown encoder 'offline:other'"),
         (["--backbone", f"{FEATURES}?frames"], "must read name=value&name=value"),

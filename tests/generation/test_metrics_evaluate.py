@@ -365,7 +365,7 @@ class TestBackbones:
         backbone = load_backbone("tests.generation.toy_backbone:Spectral", name="mine", frames=2)
         assert (backbone.name, backbone.fingerprint) == ("mine", "mine:v1")
         for spec, message in (
-            ("nothing", "must be package.module:Name"),
+            ("nothing", "or your own as package.module:Name"),
             ("tests.generation.toy_backbone:Absent", "has no class or function Absent"),
             ("tests.generation.toy_backbone:WavReader", "is no backbone: it lacks name, fingerprint"),
         ):

@@ -98,3 +98,7 @@ def test_bridge_embeddings_refuses(run: Path, tmp_path: Path) -> None:
     ):
         with pytest.raises(ValueError, match=message):
             bridge_embeddings(run, "audio", "video", **options)  # type: ignore[arg-type]
+    with pytest.raises(
+        ValueError, match=r"frames is 3, but 'audio' is one vector in the bridge in .*; leave frames out"
+    ):
+        bridge_embeddings(run, "video", "audio", frames=3)

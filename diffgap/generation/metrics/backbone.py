@@ -163,7 +163,10 @@ def load_backbone(spec: str, **options: Any) -> Backbone:
     """
     module, colon, name = spec.partition(":")
     if not (module and colon and name):
-        raise ValueError(f"backbone {spec!r} must be package.module:Name")
+        raise ValueError(
+            f"backbone {spec!r} does not exist; use mel, offline, transformers:FOLDER, laion-clap:CHECKPOINT, "
+            "panns:CHECKPOINT, vggish:CHECKPOINT, or your own as package.module:Name"
+        )
     factory = getattr(importlib.import_module(module), name, None)
     if not callable(factory):
         raise ValueError(f"module {module} has no class or function {name}; check the spec {spec!r}")
