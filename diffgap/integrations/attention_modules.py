@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from diffgap.integrations.attention import left_to_torch, scaled_dot_product_attention
-from diffgap.ops import attention
+from diffgap.ops import _dispatch, attention
 from diffgap.ops.attention import EPS
 
 
@@ -41,8 +41,9 @@ class MultiheadAttention(Adapted, nn.MultiheadAttention):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
+        padding = _as_bool(key_padding_mask)
         causal = attn_mask is not None and (is_causal or is_causal_mask(attn_mask, self.causal_length))
-        obstacle = self._obstacle(query, key_padding_mask, need_weights)
+        obstacle = self._obstacle(query, padding, need_weights)
         if causal != (attn_mask is not None or is_causal):
             obstacle = "attn_mask is not known to be the causal mask"
         if left_to_torch("MultiheadAttention", query, obstacle):
@@ -52,7 +53,7 @@ class MultiheadAttention(Adapted, nn.MultiheadAttention):
         q, k, v = self._projected(query, key, value)
         if not self.batch_first:
             q, k, v = (x.transpose(0, 1) for x in (q, k, v))
-        key_mask = None if key_padding_mask is None else ~key_padding_mask
+        key_mask = None if padding is None else ~padding
         output = attention(q, k, v, key_mask=key_mask, causal=causal).flatten(2)
         output = F.linear(output, self.out_proj.weight, self.out_proj.bias)
         return (output if self.batch_first else output.transpose(0, 1)), None
@@ -67,7 +68,7 @@ class MultiheadAttention(Adapted, nn.MultiheadAttention):
         if query.is_nested or query.ndim != 3:
             return "it takes batched, dense tensors only"
         if key_padding_mask is not None and key_padding_mask.dtype != torch.bool:
-            return "key_padding_mask is not bool"
+            return "key_padding_mask is neither bool nor, on the CPU, of 0 and -inf alone"
         return None
 
     def _projected(self, query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
@@ -85,6 +86,17 @@ class MultiheadAttention(Adapted, nn.MultiheadAttention):
         for x, weight, bias, n in zip(inputs, weights, biases, counts, strict=True):
             projected += F.linear(x, weight, bias).unflatten(-1, (n, self.num_heads, self.head_dim)).unbind(-3)
         return projected
+
+
+def _as_bool(mask: Tensor | None) -> Tensor | None:
+    """A float padding mask of 0 and -inf alone as bool, True = hidden; any other, and where looking stalls, as it is.
+
+    :class:`torch.nn.TransformerEncoder` makes such a mask of its caller's bool one.
+    """
+    if mask is None or not mask.is_floating_point() or mask.requires_grad or not _dispatch.readable(mask):
+        return mask
+    hidden = mask == -torch.inf
+    return hidden if (hidden | (mask == 0)).all() else mask
 
 
 def _packed(query: Tensor, key: Tensor, value: Tensor) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:

@@ -130,7 +130,7 @@ def test_multihead_cross_attention_to_one_tensor() -> None:
         ({}, {"need_weights": True}, "need_weights=False"),
         ({}, {"attn_mask": torch.zeros(5, 5)}, "not known to be the causal mask"),
         ({}, {"attn_mask": torch.zeros(5, 5).bool()}, "not known to be the causal mask"),
-        ({}, {"key_padding_mask": torch.zeros(3, 5)}, "key_padding_mask is not bool"),
+        ({}, {"key_padding_mask": torch.full((3, 5), 0.5)}, "key_padding_mask is neither bool nor"),
         ({"dropout": 0.5}, {}, "no dropout"),
         ({"add_bias_kv": True}, {}, "keys cannot be added"),
         ({"add_zero_attn": True}, {}, "keys cannot be added"),
@@ -164,6 +164,18 @@ def test_multihead_attention_in_torchs_encoder_layer() -> None:
     expected = call(layer, x)
     with torch.no_grad():
         torch.testing.assert_close(call(layer.eval(), x), expected)
+
+
+def test_multihead_attention_in_torchs_encoder_with_padding() -> None:
+    """The encoder gives its layers the mask as 0 and -inf."""
+    layer = nn.TransformerEncoderLayer(24, 2, 32, dropout=0.0, batch_first=True)
+    encoder = nn.TransformerEncoder(layer, 2)
+    padding = torch.arange(5) > torch.tensor([[2], [4], [3]])
+    x = tokens(3, 5, 24)
+    exact = copy.deepcopy(encoder).double()(x, src_key_padding_mask=padding)
+    assert swap_attention(encoder) == 2
+    assert_close_to_oracle(encoder(x.float(), src_key_padding_mask=padding), exact)
+    assert attention_calls(lambda: encoder(x.float(), src_key_padding_mask=padding)) == (2, 0)
 
 
 def test_multihead_attention_gives_weights_as_before() -> None:
