@@ -111,8 +111,12 @@ def readable(names: Sequence[str]) -> dict[str, str]:
     if shutil.which("c++filt") is None:
         return {name: name for name in names}
     text = subprocess.run(["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True).stdout
-    plain = [line.removeprefix("void ").replace("diffgap::", "").partition("(")[0] for line in text.splitlines()]
-    return dict(zip(names, plain, strict=True))
+    return dict(zip(names, map(plain_name, text.splitlines()), strict=True))
+
+
+def plain_name(demangled: str) -> str:
+    """``kernel<arguments>`` of ``void diffgap::kernel<arguments>(parameters)``."""
+    return demangled.removeprefix("void ").replace("diffgap::", "").partition("(")[0]
 
 
 def build(folder: Path) -> list[Path]:

@@ -20,6 +20,9 @@ import torch
 
 Key = TypeVar("Key", bound=Hashable)
 
+#: Behind the L2 of AMD's MI300 and MI350, and no part of what the driver says of L2.
+_INFINITY_CACHE_BYTES = 256 << 20
+
 
 @dataclass(frozen=True)
 class Budget:
@@ -87,18 +90,25 @@ class CpuClock:
         return (now() - start) / calls
 
 
-class CudaClock:
-    """Seconds per call on the GPU, between events, each call with a cold L2 cache.
+def flush_buffer() -> torch.Tensor:
+    """Bytes on the current GPU, four times those of its last cache: writing them evicts what the cache holds."""
+    cache_bytes = torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
+    if torch.version.hip is not None:
+        cache_bytes = max(cache_bytes, _INFINITY_CACHE_BYTES)
+    return torch.empty(4 * cache_bytes, dtype=torch.int8, device="cuda")
 
-    Overwriting a buffer larger than the L2 cache evicts the inputs, and keeps the GPU busy while the CPU
-    enqueues the call, so that launches are hidden as they are inside a training step.
+
+class CudaClock:
+    """Seconds per call on the GPU, between events, each call with a cold cache.
+
+    Overwriting :func:`flush_buffer` evicts the inputs, and keeps the GPU busy while the CPU enqueues the call, so that
+    launches are hidden as they are inside a training step.
     """
 
     name = "CUDA events, cold L2 cache"
 
     def __init__(self) -> None:
-        cache_bytes = torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
-        self._flush = torch.empty(4 * cache_bytes, dtype=torch.int8, device="cuda")
+        self._flush = flush_buffer()
 
     def __call__(self, function: Callable[[], object], calls: int) -> float:
         events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(calls)]

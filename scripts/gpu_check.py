@@ -2,9 +2,10 @@
 
 Runs tests/gpu and all benchmarks against all peers that are installed, and writes
 ``benchmarks/results/<GPU>-<date>.json`` with its tables and picture, and ``-models.md`` beside it: the measured time of
-every case that a model has a time for, and which of these were off by more than 25%. Models are of one GPU of a chip,
-named in the table, and their times are lower bounds. The exit status is 1 if a test failed or an implementation was
-wrong, not for what a model says.
+every case that a model has a time for, and which of these were off by more than 25%. ``-kernels.json`` and ``.md`` have
+the same for the kernels of the proof, each alone (:mod:`benchmarks.kernel_times`). Models are of one GPU of a chip,
+named in the table, and their times are lower bounds. The exit status is 1 if a test failed, an implementation was
+wrong or a kernel could not be timed, not for what a model says.
 """
 
 from __future__ import annotations
@@ -15,38 +16,17 @@ import re
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.report import seconds  # noqa: E402
+from benchmarks.comparison import TOLERANCE, Comparison, furthest_first, tables  # noqa: E402
 from benchmarks.runner import Row  # noqa: E402
 from diffgap._files import atomic_file  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
-#: A model is off whose time is not within this of the measured one, relative to the modelled one.
-TOLERANCE = 0.25
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """One implementation of one case, modelled and measured; ``ratio`` is measured over modelled."""
-
-    case: str
-    impl: str
-    modelled_s: float
-    measured_s: float
-
-    @property
-    def ratio(self) -> float:
-        return self.measured_s / self.modelled_s
-
-    @property
-    def off(self) -> bool:
-        return abs(self.ratio - 1) > TOLERANCE
 
 
 def rows_in(path: Path, kind: str) -> list[Row]:
@@ -73,38 +53,26 @@ def modelled_rows(folder: Path, gpu: str) -> list[Row]:
 def compare(modelled: Sequence[Row], measured: Sequence[Row]) -> list[Comparison]:
     """Every case and implementation that has both times, the furthest off first."""
     times = {(row.case, row.impl): row.median_s for row in measured if row.kind == "measured" and row.device == "cuda"}
-    found = [
+    return furthest_first(
         Comparison(row.case, row.impl, row.median_s, times[row.case, row.impl])
         for row in modelled
         if row.kind == "modelled" and (row.case, row.impl) in times
-    ]
-    return sorted(found, key=lambda entry: max(entry.ratio, 1 / entry.ratio), reverse=True)
+    )
 
 
 def to_markdown(header: Mapping[str, str], compared: Sequence[Comparison], modelled: int) -> str:
     """What was off, then all."""
-    off = [entry for entry in compared if entry.off]
+    off = sum(entry.off for entry in compared)
     lines = [
         f"# Models beside measurements: {header['measured']}, {header['date']}",
         "",
         f"Modelled for {header['gpu']} ({header['chip']}), measured on {header['measured']}. A modelled time is a "
         f"lower bound at published rates. Of {modelled} modelled rows {len(compared)} were measured, of which "
-        f"{len(off)} were off by more than {TOLERANCE:.0%}.",
+        f"{off} were off by more than {TOLERANCE:.0%}.",
         "",
+        *tables(compared),
     ]
-    for title, entries in ((f"Off by more than {TOLERANCE:.0%}", off), ("All", compared)):
-        if entries:
-            lines += [f"## {title}", "", *table(entries)]
     return "\n".join(lines)
-
-
-def table(compared: Sequence[Comparison]) -> list[str]:
-    """One line per case and implementation."""
-    lines = ["| case | impl | modelled | measured | measured / modelled |", "|---|---|---:|---:|---:|"]
-    for entry in compared:
-        times = f"{seconds(entry.modelled_s)} | {seconds(entry.measured_s)}"
-        lines.append(f"| {entry.case} | {entry.impl} | {times} | {entry.ratio:.2f} |")
-    return [*lines, ""]
 
 
 def report(results: Path, chip: str, measured_on: str, models: Path = RESULTS) -> Path:
@@ -124,8 +92,7 @@ def report(results: Path, chip: str, measured_on: str, models: Path = RESULTS) -
         )
     for entry in compared:
         if entry.off:
-            times = f"modelled {seconds(entry.modelled_s)}, measured {seconds(entry.measured_s)}"
-            print(f"gpu: off by {entry.ratio:.2f}x: {entry.case} {entry.impl}: {times}")
+            print(f"gpu: {entry.line}")
     print(f"gpu: {len(compared)} modelled times measured, {sum(entry.off for entry in compared)} off; wrote {path}")
     return path
 
@@ -158,7 +125,8 @@ def main(argv: Sequence[str]) -> int:
     chip, name = chip_of(torch.empty(1, device="cuda")), torch.cuda.get_device_name()
     path = RESULTS / file_name(name, date.today().isoformat())
     command = ["benchmarks", *FAMILIES, *ON_REQUEST, "--device", "cuda", "--size", args.size, "--json", str(path)]
-    passed = [run(["pytest", "tests/gpu", "-q"]), run(command)]
+    kernels = ["benchmarks.kernel_times", "--json", str(path.with_name(f"{path.stem}-kernels.json"))]
+    passed = [run(["pytest", "tests/gpu", "-q"]), run(command), run(kernels)]
     if path.is_file():
         report(path, chip, name)
     return 0 if all(passed) else 1

@@ -112,9 +112,9 @@ def test_without_a_gpu_it_says_so_in_one_line(
     assert "no CUDA device is visible" in line and printed.out == ""
 
 
-@pytest.mark.parametrize(("tests", "benchmarks", "status"), [(True, True, 0), (False, True, 1), (True, False, 1)])
+@pytest.mark.parametrize("failing", [None, "pytest", "benchmarks", "benchmarks.kernel_times"])
 def test_everything_is_run_and_reported_whatever_fails(
-    gpu_check: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tests: bool, benchmarks: bool, status: int
+    gpu_check: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, failing: str | None
 ) -> None:
     pytest.importorskip("triton")
     from diffgap.kernels import configs
@@ -123,10 +123,9 @@ def test_everything_is_run_and_reported_whatever_fails(
 
     def run(command: list[str]) -> bool:
         ran.append(command)
-        if command[0] == "pytest":
-            return tests
-        write(Path(command[-1]), measured("a", "diffgap", 1.0))
-        return benchmarks
+        if command[0] == "benchmarks":
+            write(Path(command[-1]), measured("a", "diffgap", 1.0))
+        return command[0] != failing
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100")
@@ -136,8 +135,13 @@ def test_everything_is_run_and_reported_whatever_fails(
     monkeypatch.setattr(gpu_check, "RESULTS", tmp_path)
     reported: list[Any] = []
     monkeypatch.setattr(gpu_check, "report", lambda *args: reported.append(args))
-    assert gpu_check.main(["--size", "ci"]) == status
-    assert [command[:2] for command in ran] == [["pytest", "tests/gpu"], ["benchmarks", "schedule"]]
+    assert gpu_check.main(["--size", "ci"]) == (failing is not None)
+    assert [command[:2] for command in ran] == [
+        ["pytest", "tests/gpu"],
+        ["benchmarks", "schedule"],
+        ["benchmarks.kernel_times", "--json"],
+    ]
+    assert ran[2][2] == ran[1][-1].replace(".json", "-kernels.json")
     assert {"modelled", "contrastive", "attention", "cuda", "ci"} <= set(ran[1])
     ((path, chip, name),) = reported
     assert (
