@@ -14,7 +14,7 @@ from benchmarks.parts import TRAINING_PARTS
 from diffgap.models.settings import BridgeSettings
 from diffgap.ops._dispatch import backend
 from diffgap.ops._native import CPU_MISSING
-from tests.benchmarking import CLOCK, QUICK
+from tests.benchmarks.toys import CLOCK, QUICK
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.usefixtures("uncompiled")

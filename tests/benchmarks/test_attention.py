@@ -21,7 +21,7 @@ from benchmarks.denoiser import count_calls
 from benchmarks.gpus import A100, GPUS, H100, Gpu
 from diffgap.models.settings import BridgeSettings
 from diffgap.ops._dispatch import explain
-from tests.benchmarking import CLOCK, QUICK
+from tests.benchmarks.toys import CLOCK, QUICK
 from tests.helpers import relative_l2
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")

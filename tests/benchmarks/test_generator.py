@@ -15,7 +15,7 @@ from diffgap.models.mel_generator import MelGeneratorConfig
 from diffgap.models.randomness import uniform
 from diffgap.ops.attention import attention
 from diffgap.ops.random import normal
-from tests.benchmarking import CLOCK, QUICK
+from tests.benchmarks.toys import CLOCK, QUICK
 from tests.helpers import assert_close_to_oracle
 
 CPU = torch.device("cpu")
