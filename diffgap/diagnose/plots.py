@@ -54,6 +54,7 @@ def _pairing(axis: Any, finding: Finding) -> None:
     for (name, values), colour in zip(finding.curves.items(), _COLOURS, strict=False):
         axis.hist(values, bins, density=True, alpha=0.55, color=colour, label=name)
     axis.set_xlabel("mean cosine of two groups", fontsize=8)
+    axis.set_ylabel("density", fontsize=8)
 
 
 def _trajectory(axis: Any, finding: Finding) -> None:
@@ -69,6 +70,8 @@ def _trajectory(axis: Any, finding: Finding) -> None:
     norms.tick_params(labelsize=7)
     norms.spines["top"].set_visible(False)
     axis.set_xlabel("sampling step", fontsize=8)
+    axis.set_ylabel("cosine of the estimate", fontsize=8)
+    norms.set_ylabel("norm, over what it should be", fontsize=8)
 
 
 def _condition(axis: Any, finding: Finding) -> None:
@@ -83,4 +86,5 @@ def _spectra(axis: Any, finding: Finding) -> None:
     for (name, values), colour in zip(finding.curves.items(), _COLOURS, strict=False):
         kept = np.maximum(values, 1e-6)
         axis.semilogy(range(1, len(kept) + 1), kept, color=colour, label=name)
-    axis.set_xlabel("singular value", fontsize=8)
+    axis.set_xlabel("number of the singular value", fontsize=8)
+    axis.set_ylabel("singular value, over their sum", fontsize=8)

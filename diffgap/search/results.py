@@ -42,9 +42,12 @@ def result_lists(index: SearchIndex, media: MediaFiles, queries: Queries, k: int
 def results_table(title: str, lists: dict[str, Any], alpha: float | None, root: Path | None) -> Table:
     """One query's results for a terminal: what is nearest before and after bridging, side by side.
 
-    ``root`` is the folder that paths of media are shown from.
+    ``root`` is the folder that paths of media are shown from. At weight ``alpha`` 0 both are the same, and shown once.
     """
-    table = Table(title=escape(title), title_justify="left")
+    note = None
+    if alpha == 0 and "after" in lists:
+        lists, note = {"before": lists["before"]}, "the index's weight of the bridge is 0: bridging changes nothing"
+    table = Table(title=escape(title), title_justify="left", caption=note, caption_justify="left")
     table.add_column("", justify="right")
     headings = {
         "before": ("before bridging", "cos") if "after" in lists else ("nearest", "cos"),

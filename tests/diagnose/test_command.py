@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from diffgap.data.store import EmbeddingStore, write_store
-from diffgap.diagnose import Diagnosis, DiagnosticsCallback, Finding
+from diffgap.diagnose import Diagnosis, DiagnosticsCallback, Finding, plots
 from diffgap.diagnose.report import advice, as_json, from_json, markdown, write_report
 from diffgap.models.bridge import DiffGAP
 from diffgap.training.config import DataConfig, RunConfig, TrainConfig
@@ -57,6 +57,17 @@ def test_a_run(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert finding["threshold"][1:] in text and finding["reason"] in text
     assert run("diagnose", trained / "run", "--split", "test") == 0  # an earlier report is replaced
     assert json.loads((folder / "report.json").read_text())["split"] == "test"
+
+
+def test_every_axis_of_a_picture_has_a_name(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run("diagnose", trained / "run", "--output", tmp_path / "report") == 0
+    found, pages = from_json(tmp_path / "report" / "report.json"), []
+    monkeypatch.setattr(plots.Figure, "savefig", lambda page, *_, **__: pages.append(page))
+    plots.draw(found, tmp_path)
+    assert len(pages) == 4
+    for axis in (axis for page in pages for axis in page.axes if axis.get_visible()):
+        # The right scale of a panel shares the steps below with the left one.
+        assert axis.get_ylabel() and (axis.get_xlabel() or axis.yaxis.get_ticks_position() == "right")
 
 
 def test_a_store_alone_and_strict(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,6 +17,7 @@ import pytest
 
 from diffgap.search.check import check_index
 from diffgap.search.index import SearchIndex, build_index
+from diffgap.search.results import results_table
 from diffgap.search.vectors import FaissOptions
 from tests.helpers import run
 from tests.search.conftest import ENCODERS, Workshop, serving
@@ -49,6 +50,11 @@ def test_results_as_tables(
     said = capsys.readouterr().out
     assert "a [bold]dog" in said and "before bridging" in said and "cos + 0.5 cos bridged" in said
     assert "clip" in said and "<b>number</b>" in said
+    item = {"id": "clip", "group": "g", "score": 0.5, "media": {}}
+    lists = {"before": [item], "after": [item]}
+    for alpha, columns in ((0.5, 5), (0.0, 3)):  # at weight 0 both sides are the same
+        table = results_table("", lists, alpha, None)
+        assert len(table.columns) == columns and ("changes nothing" in str(table.caption)) == (alpha == 0)
 
 
 def test_rows_of_a_file_and_of_a_store(workshop: Workshop, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
