@@ -65,7 +65,7 @@ def generate_set(
         seed: Of the noise, and of the rows that are drawn.
         overwrite: Replace an existing set.
     """
-    from diffgap.generation.build import build_generator, build_space, check_clap, check_generator
+    from diffgap.generation.build import build_generator, build_space, check_clap, check_generator, own_bridge
     from diffgap.generation.generated import check_set_folder
     from diffgap.generation.make_set import SetOptions, make_set
     from diffgap.generation.native import data_of
@@ -86,8 +86,9 @@ def generate_set(
     check_clap(made, space, clap)
     options = SetOptions(source, systems, label, limit, seconds, media, steps, guidance_scale, seed)
     about = {
-        "generator": generator, "bridge": bridge or "", "data": data, "split": split, "seed": seed, "steps": steps,
-        "guidance_scale": guidance_scale, "vocoder": vocoder, "label": label, "space": space.fingerprint,
+        "generator": generator, "bridge": own_bridge(generator) if bridge is None else bridge, "data": data,
+        "split": split, "seed": seed, "steps": steps, "guidance_scale": guidance_scale, "vocoder": vocoder,
+        "label": label, "space": space.fingerprint,
     }  # fmt: skip
     console = open_console()
 

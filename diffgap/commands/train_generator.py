@@ -17,6 +17,9 @@ from diffgap.training.config import TrainConfig
 
 __all__ = ["requested_generator", "train_generator_command"]
 
+#: Steps from one line to the next where there is no terminal to draw a bar on; validations are much further apart.
+_EVERY = 100
+
 
 def train_generator_command(defaults: GeneratorRunConfig) -> Callable[..., None]:
     """``diffgap train-generator`` with other defaults than those of the classes."""
@@ -66,8 +69,8 @@ def _run(config: GeneratorRunConfig, output: Path) -> None:
             if "val/loss" in values:
                 gain = values["val/shuffled"] / values["val/loss"] - 1
                 validated = f"validation {values['val/loss']:.4f}, {gain:+.1%} with others' conditions"
-                if not sys.stderr.isatty():
-                    console.print(f"step {step}: loss {values['loss']:.4f}, {validated}", highlight=False)
+            if not sys.stderr.isatty() and ("val/loss" in values or step == 1 or step % _EVERY == 0):
+                console.print(f"step {step}: loss {values['loss']:.4f} {validated}".rstrip(), highlight=False)
             progress.update(task, completed=step, losses=f"loss {values['loss']:.4f} {validated}")
 
         store = EmbeddingStore.open(config.data.path)

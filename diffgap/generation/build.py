@@ -9,7 +9,7 @@ from diffgap.generation.generator import Generator
 from diffgap.generation.native import bridge_of, load_generator, weights_of
 from diffgap.generation.space import AudioSpace
 
-__all__ = ["PRETRAINED", "build_generator", "build_space", "check_clap", "check_generator"]
+__all__ = ["PRETRAINED", "build_generator", "build_space", "check_clap", "check_generator", "own_bridge"]
 
 PRETRAINED = {"audioldm": "cvssp/audioldm-m-full", "musicldm": "ucsd-reach/musicldm", "audioldm2": "cvssp/audioldm2"}
 """Generators of diffusers, and the weights on the hub that a name alone stands for."""
@@ -86,5 +86,15 @@ def build_space(spec: str, bridge: str | None, encoder: str = "") -> AudioSpace:
         bridge: Run folder or saved model; None for the generator's own, "" for none.
         encoder: Fingerprint of the audio encoder, if it is known otherwise than from the bridge's run.
     """
-    own, modality = ("", "audio") if _pretrained(spec) else bridge_of(Path(spec))
+    own, modality = _trained_with(spec)
     return AudioSpace.load(own if bridge is None else bridge, modality, encoder)
+
+
+def own_bridge(spec: str) -> str:
+    """The bridge that a generator was trained with, "" for none."""
+    return _trained_with(spec)[0]
+
+
+def _trained_with(spec: str) -> tuple[str, str]:
+    """Bridge and audio modality; of a generator of diffusers, none and "audio"."""
+    return ("", "audio") if _pretrained(spec) else bridge_of(Path(spec))

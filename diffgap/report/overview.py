@@ -59,7 +59,7 @@ def overview(run: Path, config: RunConfig | GeneratorRunConfig) -> Section:
     changed = [[name, _text(value), _text(default)] for name, value, default in _settings(config) if value != default]
     everything = ([name, _text(value)] for name, value, _ in _settings(config))
     body = [
-        table("The run", ["", ""], facts.items()),
+        table("The run", ["what", "value"], facts.items()),
         table("Settings other than the defaults", ["setting", "value", "default"], changed)
         if changed
         else paragraph("All settings are the defaults."),

@@ -57,7 +57,7 @@ def sounds(generated: GeneratedSet, *, count: int, systems: Sequence[str], megab
     drawn = f"{len(cards)} of {len(generated.items)} items, drawn by seed {seed}"
     if len(cards) < len(chosen):
         drawn += f" ({len(chosen)} were asked for, but the page may hold {megabytes:g} MB of sound)"
-    about = [[name, str(value)] for name, value in generated.about.items()]
+    about = [[name, _told(value)] for name, value in generated.about.items()]
     parts = [
         paragraph(
             f"{drawn}. Queries are of modality {generated.source}. Spectrograms are mel-scaled, from 0 to "
@@ -69,6 +69,11 @@ def sounds(generated: GeneratedSet, *, count: int, systems: Sequence[str], megab
         *cards,
     ]
     return Section("sounds", "Sounds", joined(parts))
+
+
+def _told(value: object) -> str:
+    """A setting of a set: None was left to the generator, "" was not asked for."""
+    return "the generator's own" if value is None else str(value) or "none"
 
 
 def choose(generated: GeneratedSet, count: int, seed: int) -> list[GeneratedItem]:

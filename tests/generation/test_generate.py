@@ -99,6 +99,7 @@ def test_a_set_holds_the_same_items_of_every_system(studio: Studio, tmp_path: Pa
     assert run("generate-set", *made, "--limit", 5, "--seed", 1, "-o", tmp_path / "set") == 0
     found = GeneratedSet.open(tmp_path / "set")
     assert (list(found.systems), found.source, found.sample_rate) == (systems, "text", 8000)
+    assert found.about["bridge"] == str(studio.bridge)  # the generator's own, as none was named
     store = EmbeddingStore.open(studio.store)
     rows = [list(store.column("id")).index(item.id) for item in found.items]
     assert len(rows) == 5 and all(item.label == "test" for item in found.items)

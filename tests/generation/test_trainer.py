@@ -11,7 +11,8 @@ import torch
 from torch.nn import functional as F
 
 from diffgap import BridgeSettings, DiffGAP
-from diffgap.data.store import EmbeddingStore
+from diffgap.commands import train_generator
+from diffgap.data.store import EmbeddingStore, write_store
 from diffgap.generation.mel import MelSettings
 from diffgap.generation.space import AudioSpace
 from diffgap.generation.trainer import (
@@ -21,6 +22,7 @@ from diffgap.generation.trainer import (
     GeneratorTrainer,
 )
 from diffgap.training.config import TrainConfig
+from tests.helpers import run
 
 MEL = MelSettings(sample_rate=8000, n_fft=256, hop=80, bands=8, high=4000)
 
@@ -45,6 +47,22 @@ def make_config(**train: object) -> GeneratorRunConfig:
 
 def lines(folder: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_log_need_not_wait_for_a_validation(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_store(tmp_path / "store", make_store())
+    config = make_config(eval_every=6)
+    replace(config, data=GeneratorData(str(tmp_path / "store"))).save(tmp_path / "run.yaml")
+    monkeypatch.setattr(train_generator, "_EVERY", 4)
+    assert run("train-generator", tmp_path / "run", "--config", tmp_path / "run.yaml") == 0
+    said = capsys.readouterr().out.splitlines()
+    assert [line.partition(":")[0] for line in said[:-1]] == ["step 1", "step 4", "step 6"]
+    assert all(
+        f"loss {lines(tmp_path / 'run')[step - 1]['loss']:.4f}" in said[row] for row, step in enumerate((1, 4, 6))
+    )
+    assert "validation" not in said[1] and "validation" in said[2] and said[3].startswith("trained 6 steps")
 
 
 def test_a_run_leaves_its_best_average_and_goes_on_where_it_stopped(tmp_path: Path) -> None:

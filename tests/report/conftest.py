@@ -51,7 +51,9 @@ def make_set(folder: Path, items: int = 5, seconds: float = 0.4) -> GeneratedSet
         for i, item in enumerate(made):
             wave = tone(300 + 100 * i, item.seconds) / (number + 1)
             soundfile.write(folder / system / f"{item.name}.wav", wave, RATE, subtype="FLOAT")
-    found = GeneratedSet(folder, RATE, "text", SYSTEMS, made, {"generator": "<i>tiny</i>", "seed": 3})
+    found = GeneratedSet(
+        folder, RATE, "text", SYSTEMS, made, {"generator": "<i>tiny</i>", "seed": 3, "steps": None, "label": ""}
+    )
     found.write()
     return found
 
