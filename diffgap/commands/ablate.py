@@ -26,7 +26,11 @@ def ablate(
     """Train every variant of a declared grid under every seed, and compare them with intervals. Run again to resume.
 
     Args:
-        grid: YAML file of base, seeds and variants, or "paper" for the bundled ablation of the method.
+        grid: "paper" for the bundled ablation of the method, or a YAML file of four fields, the last required: base
+            (settings of `diffgap train` that all variants have, as "bridge.depth: 4"), seeds (a list; 0 by default),
+            reference (the variant that the others are held against; the first by default) and variants (a name each,
+            with the settings that it changes, e.g. "deeper: {bridge.depth: 4}"; "{}" for none; "preset: paper" for
+            another preset).
         output: Folder for ablation.md, .json and .png, with the run folders below.
         jobs: Runs at a time, each a process with one thread; no more than cores.
         steps: Training steps of every run, instead of the grid's.
@@ -35,7 +39,7 @@ def ablate(
         bootstrap: Bootstrap replicates for the intervals.
     """
     from diffgap.retrieval.ablation import run_grid
-    from diffgap.retrieval.ablation_report import write_ablation
+    from diffgap.retrieval.ablation_report import terminal_table, write_ablation
     from diffgap.training.grid import Grid
 
     if bootstrap < 1:
@@ -57,6 +61,7 @@ def ablate(
             Grid.load(grid, steps=steps), output, split=split, jobs=jobs, replicates=bootstrap, progress=progress
         )
     write_ablation(found, output)
+    console.print(terminal_table(found))
     console.print(f"ablation.md, ablation.json and ablation.png in {output}", markup=False)
     if found.failures:
         name, reason = next(iter(found.failures.items()))

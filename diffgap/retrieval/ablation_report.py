@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from rich.markup import escape
+from rich.table import Table
 
 from diffgap._files import atomic_file
 from diffgap.retrieval.ablation import METRICS, SCORINGS, Ablation, Variant
@@ -77,6 +79,26 @@ def markdown(ablation: Ablation) -> str:
         lines += ["", "## Runs that failed", ""]
         lines += [f"- {name}: {reason}" for name, reason in ablation.failures.items()]
     return "\n".join(lines) + "\n"
+
+
+def terminal_table(ablation: Ablation) -> Table:
+    """MRR of every scoring, and of the fused one the difference to the reference, bold outside of the noise."""
+    table = Table(
+        title=f"MRR on {ablation.split}, percent with 95% intervals; differences to {escape(ablation.reference)}, bold "
+        "where the interval excludes zero",
+        title_justify="left",
+    )
+    table.add_column("variant", overflow="fold")
+    for heading in ("runs", *SCORINGS, "fusion, difference"):
+        table.add_column(heading, justify="right")
+    for row in _own(ablation):
+        means = [escape(_percent(row.cells[scoring]["MRR"].mean)) for scoring in SCORINGS]
+        found = None if row.name == ablation.reference else row.cells["fusion"]["MRR"].difference
+        difference = escape(_difference(found).strip("*"))
+        if found is not None and found.excludes_zero:
+            difference = f"[bold]{difference}[/bold]"
+        table.add_row(escape(row.name), f"{len(row.seeds)} of {len(ablation.seeds)}", *means, difference)
+    return table
 
 
 def as_json(ablation: Ablation) -> dict[str, Any]:

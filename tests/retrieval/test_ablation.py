@@ -170,6 +170,14 @@ def test_command_writes_the_report_and_tells_of_failures(
     assert "8/8 big, seed 1: failed" in captured.out.replace("\n", " ")
     found = json.loads((folder / "out" / "ablation.json").read_text())
     assert found == json.loads(json.dumps(ablation_report.as_json(ablation)))
+    shown = {line.split("\u2502")[1].strip(): line for line in captured.out.splitlines() if "\u2502" in line}
+    assert list(shown) == ["tiny", "deep", "one way"]  # with runs of their own
+    for row in ablation.variants[:2]:
+        for scoring in SCORINGS:
+            mean = row.cells[scoring]["MRR"].mean
+            assert f" {100 * mean.estimate:.1f} [{100 * mean.low:.1f}, {100 * mean.high:.1f}]" in shown[row.name]
+    difference = ablation.variants[1].cells["fusion"]["MRR"].difference
+    assert difference is not None and f" {100 * difference.estimate:+.1f} [" in shown["deep"]
     text = (folder / "out" / "ablation.md").read_text()
     cell = ablation.variants[1].cells["fusion"]["MRR"]
     assert f"| deep | {100 * cell.mean.estimate:.1f} [{100 * cell.mean.low:.1f}, " in text
