@@ -30,7 +30,8 @@ def scaled_dot_product_attention(
         query: (..., H, L, E); L, E or H, L, E alone will do.
         key: (..., H, S, E); with ``enable_gqa`` of fewer heads, which divide ``query``'s.
         value: (..., H, S, E), the heads of ``key``.
-        attn_mask: bool, True = attend, (..., 1, 1, S) or what broadcasts to it. A query with no key to
+        attn_mask: bool, True = attend, (..., 1, 1, S), what broadcasts to it, or what it was expanded to by
+            :meth:`torch.Tensor.expand`. A query with no key to
             attend to gives zeros.
         dropout_p: 0; anything else is torch's.
         is_causal: query i attends to the keys j <= i.
@@ -58,7 +59,7 @@ def scaled_dot_product_attention(
         if attn_mask is not None and attn_mask.ndim == 3:
             attn_mask = attn_mask[missing]
     if attn_mask is not None:
-        attn_mask = attn_mask.expand(*query.shape[:-3], 1, 1, key.shape[-2]).flatten(0, -2)
+        attn_mask = attn_mask[..., :1, :].expand(*query.shape[:-3], 1, 1, key.shape[-2]).flatten(0, -2)
     query, key, value = (x.flatten(0, -4) for x in (query, key, value))
     if enable_gqa:
         groups = query.shape[1] // key.shape[1]
@@ -110,9 +111,14 @@ def _obstacle(
         return None
     if attn_mask.dtype != torch.bool:
         return "it takes boolean masks only"
-    if is_causal or not 2 <= attn_mask.ndim <= query.ndim or attn_mask.shape[-2] != 1:
+    if is_causal or not 2 <= attn_mask.ndim <= query.ndim or not _is_one_row(attn_mask, query):
         return "the mask is not one of keys alone"
     has_heads = query.ndim > 3 or enable_gqa
     if has_heads and attn_mask.ndim > 2 and attn_mask.shape[-3] != 1:
         return "the mask differs between heads"
     return None
+
+
+def _is_one_row(mask: Tensor, query: Tensor) -> bool:
+    """Whether all queries have the same row of ``mask``, by its strides if it has one for each."""
+    return mask.shape[-2] == 1 or (0 < mask.shape[-2] == query.shape[-2] and mask.stride(-2) == 0)

@@ -10,6 +10,7 @@ import copy
 import functools
 import inspect
 import math
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -44,8 +45,11 @@ def swap_attention(module: nn.Module) -> int:
     ``state_dict`` does not change; copies and pickles of a swapped module are swapped.
     :class:`torch.nn.TransformerEncoderLayer` does not call its attention at all in its own fast path for inference.
 
+    Models of transformers call torch's function from a helper of theirs, and none of their modules is taken; they
+    have :mod:`diffgap.integrations.transformers`.
+
     Returns:
-        How many modules were swapped: 0 if there are none, or all are already.
+        How many modules were swapped: 0 if all are already, and, with a warning, if there are none.
     """
     swapped = 0
     for submodule, causal_length in _with_causal_length(module):
@@ -58,20 +62,32 @@ def swap_attention(module: nn.Module) -> int:
             # Its own copy, since a processor may serve several models.
             vars(submodule)["processor"] = _swap(copy.copy(processor))
             swapped += 1
+    if not swapped and next(_parts(module), None) is None:
+        warnings.warn(
+            f"swap_attention: nothing is swapped in {type(module).__name__}, for no module of it calls torch's "
+            "scaled_dot_product_attention in its own forward, or is a torch.nn.MultiheadAttention. For a model of "
+            "transformers import diffgap.integrations.transformers and call model.set_attn_implementation('diffgap')",
+            stacklevel=2,
+        )
     return swapped
 
 
 def restore_attention(module: nn.Module) -> int:
     """Undo :func:`swap_attention`, and return how many modules were restored."""
     restored = 0
-    for submodule in module.modules():
-        for adapted in (submodule, vars(submodule).get("processor")):
-            # Not of a class that FSDP or a parametrization has derived from ours, and that is theirs to undo.
-            if isinstance(adapted, Adapted) and "_original" in vars(type(adapted)):
-                adapted.__class__ = vars(type(adapted))["_original"]
-                vars(adapted).pop("causal_length", None)
-                restored += 1
+    for adapted in _parts(module):
+        # Not of a class that FSDP or a parametrization has derived from ours, and that is theirs to undo.
+        if "_original" in vars(type(adapted)):
+            adapted.__class__ = vars(type(adapted))["_original"]
+            vars(adapted).pop("causal_length", None)
+            restored += 1
     return restored
+
+
+def _parts(module: nn.Module) -> Iterator[Any]:
+    """The modules and processors of the tree that are swapped."""
+    parts = (part for submodule in module.modules() for part in (submodule, vars(submodule).get("processor")))
+    return (part for part in parts if isinstance(part, Adapted))
 
 
 def _swap(module: Any) -> Any:

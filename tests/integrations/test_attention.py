@@ -36,17 +36,21 @@ OURS: dict[str, tuple[tuple[int, ...], tuple[int, ...], dict[str, Any]]] = {
     "4d, rows of keys": ((2, 3, 5, 8), (2, 3, 7, 8), {"attn_mask": ROWS[:, None, None]}),
     "4d, one row of keys": ((2, 3, 5, 8), (2, 3, 7, 8), {"attn_mask": SEVEN_KEYS[None, None, None]}),
     "4d, keys": ((2, 3, 5, 8), (2, 3, 7, 8), {"attn_mask": SEVEN_KEYS[None]}),
+    "4d, expanded over queries": (
+        (2, 3, 5, 8), (2, 3, 7, 8), {"attn_mask": ROWS[:, None, None].expand(2, 3, 5, 7)[:, :1]}
+    ),
     "4d, expanded": ((2, 3, 5, 8), (2, 3, 7, 8), {"attn_mask": SEVEN_KEYS.expand(2, 1, 1, 7)}),
     "gqa": ((2, 6, 5, 8), (2, 2, 7, 8), {"enable_gqa": True}),
     "gqa, one head of keys": ((2, 6, 5, 8), (2, 1, 7, 8), {"enable_gqa": True}),
     "gqa, equal heads": ((2, 3, 5, 8), (2, 3, 7, 8), {"enable_gqa": True}),
     "gqa, 3d": ((6, 5, 8), (2, 7, 8), {"enable_gqa": True, "attn_mask": SEVEN_KEYS[None, None]}),
     "gqa, 5d": ((2, 1, 4, 5, 8), (2, 1, 2, 7, 8), {"enable_gqa": True, "attn_mask": ROWS[:, None, None, None]}),
-}
+}  # fmt: skip
 #: Calls that are torch's, with what backend native says of them.
 TORCHS: dict[str, tuple[tuple[int, ...], tuple[int, ...], dict[str, Any], str]] = {
     "bias": ((2, 3, 5, 8), (2, 3, 7, 8), {"attn_mask": torch.zeros(5, 7)}, "boolean masks only"),
     "pairs": ((2, 3, 5, 8), (2, 3, 7, 8), {"attn_mask": torch.ones(5, 7).tril().bool()}, "keys alone"),
+    "expanded heads": ((2, 3, 5, 8), (2, 3, 7, 8), {"attn_mask": SEVEN_KEYS.expand(2, 3, 5, 7)}, "between heads"),
     "heads": ((2, 3, 5, 8), (2, 3, 7, 8), {"attn_mask": SEVEN_KEYS.expand(2, 3, 1, 7)}, "between heads"),
     "3d gqa heads": (
         (6, 5, 8), (2, 7, 8), {"enable_gqa": True, "attn_mask": SEVEN_KEYS.expand(6, 1, 7)}, "between heads"

@@ -350,7 +350,8 @@ def test_a_processor_without_torchs_attention_is_left_alone() -> None:
     module = diffusers_attention()
     processors = importlib.import_module("diffusers.models.attention_processor")
     module.set_processor(processors.AttnProcessor())
-    assert swap_attention(module) == 0
+    with pytest.warns(UserWarning, match="nothing is swapped"):
+        assert swap_attention(module) == 0
 
 
 def timm_attention(**options: Any) -> Any:
@@ -402,8 +403,10 @@ def test_timm_attention_that_stays_torchs(options: dict[str, Any], bias: float |
 def test_timm_attention_without_torchs_function_is_left_alone() -> None:
     module = timm_attention(gated=True)
     module.fused_attn = False
-    assert swap_attention(module) == 0
+    with pytest.warns(UserWarning, match="nothing is swapped"):
+        assert swap_attention(module) == 0
 
 
 def test_a_module_without_attention_is_left_alone() -> None:
-    assert swap_attention(nn.Sequential(nn.Linear(2, 2), nn.ReLU())) == 0
+    with pytest.warns(UserWarning, match="swap_attention: nothing is swapped in Sequential, for no module of it calls"):
+        assert swap_attention(nn.Sequential(nn.Linear(2, 2), nn.ReLU())) == 0
