@@ -22,7 +22,7 @@ import torch
 
 from diffgap._files import atomic_folder
 from diffgap.data._modality import DTYPES, Modality, quantize, validate_modality_name, write_modality
-from diffgap.data._schema import SPLITS, check_index, write_index
+from diffgap.data._schema import SPLITS, TEXT_COLUMNS, check_index, write_index
 from diffgap.data.store import EmbeddingStore, check_replaceable
 
 __all__ = ["assign_splits", "import_clip_retrieval", "import_npy"]
@@ -31,6 +31,8 @@ StrPath = str | os.PathLike[str]
 _CHUNK_ELEMENTS = 1 << 22
 _ID_COLUMNS = ("id", "key", "image_path", "audio_path", "video_path")
 _MODALITY_NAMES = {"img": "image"}
+NPY_DAMAGES = (ValueError, OSError, EOFError, SyntaxError, MemoryError, OverflowError, tokenize.TokenError)
+"""What numpy raises on a .npy file that is damaged: it parses the header as Python."""
 
 
 def assign_splits(groups: Sequence[str], fractions: Sequence[float] = (0.8, 0.1, 0.1), *, seed: int = 0) -> list[str]:
@@ -67,7 +69,7 @@ def import_npy(
 
     ``source`` is a folder of ``<modality>.npy`` files (with at most one csv beside them) or {modality: file}.
     Row i of every array belongs to line i of the csv, unless the csv has an integer column
-    ``row_<modality>``. ``id``, ``group`` and ``split`` name csv columns; ``split`` may also be three
+    ``row_<modality>``; where that is empty or -1, the line has no such embedding. ``id``, ``group`` and ``split`` name csv columns; ``split`` may also be three
     fractions, hashed by group (``assign_splits``). By default the columns of these names are taken; without
     them the id is the line number, the group the id, the split 0.8/0.1/0.1. ``dtype`` is "float32", "float16"
     or "int8" (default: float16 stays, all else becomes float32). Returns the new store, opened.
@@ -77,6 +79,10 @@ def import_npy(
     else:
         folder = _existing_folder(source)
         files = {file.stem: file for file in sorted(folder.glob("*.npy"))}
+        if packed := sorted(folder.glob("*.npz")):
+            raise ValueError(
+                f"{packed[0]} is not read; save each of its arrays as <modality>.npy, or move it elsewhere"
+            )
         found = sorted(folder.glob("*.csv"))
         if csv is None and len(found) > 1:
             raise ValueError(f"{folder} holds {len(found)} csv files; name one with csv= (--csv)")
@@ -88,8 +94,9 @@ def import_npy(
         table = pa.table({"id": pa.array([str(i) for i in range(len(next(iter(shards.values()))[0]))], pa.string())})
     else:
         table = _read_csv(Path(csv), {c for c in (id, group, split) if isinstance(c, str)})
+        _check_header(table, str(csv), len(next(iter(shards.values()))[0]))
     table = _with_required_columns(table, str(csv or source), id, group, split, split_seed)
-    return _write(output, shards, table, dtype, overwrite)
+    return _write(output, shards, table, str(csv or source), dtype, overwrite)
 
 
 def import_clip_retrieval(
@@ -142,7 +149,7 @@ def import_clip_retrieval(
     table = pa.concat_tables(tables, promote_options="permissive")
     source = next((c for c in _ID_COLUMNS if c in table.column_names), None) if id is None else id
     table = _with_required_columns(table, str(top / "metadata"), source, group, split, split_seed)
-    return _write(output, arrays, table, dtype, overwrite)
+    return _write(output, arrays, table, str(top / "metadata"), dtype, overwrite)
 
 
 def _existing_folder(path: StrPath) -> Path:
@@ -165,7 +172,7 @@ def _open_npy(path: Path) -> np.ndarray[Any, Any]:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except FileNotFoundError:
         raise FileNotFoundError(f"{path} does not exist; check the path") from None
-    except (ValueError, OSError, EOFError, SyntaxError, tokenize.TokenError) as error:  # numpy parses the header
+    except NPY_DAMAGES as error:
         raise ValueError(f"{path}: not a readable .npy file ({' '.join(str(error).split())})") from error
     if not isinstance(array, np.ndarray) or array.dtype.kind != "f" or array.ndim not in (2, 3):
         got = f"{array.dtype} {array.shape}" if isinstance(array, np.ndarray) else type(array).__name__
@@ -176,26 +183,66 @@ def _open_npy(path: Path) -> np.ndarray[Any, Any]:
 def _read_csv(path: Path, text: set[str]) -> pa.Table:
     if not path.is_file():
         raise FileNotFoundError(f"csv file {path} does not exist; check the path")
-    strings = {"id", "group", "split", "caption", "source", "language", *text}
+    _check_separator(path)
+    strings = {*TEXT_COLUMNS, *text}
     try:
         # Ids such as 007 must stay text; row columns are the only ones whose type matters beside them.
         options = pyarrow.csv.ConvertOptions(
             column_types=dict.fromkeys(strings, pa.string()), strings_can_be_null=False
         )
         table = pyarrow.csv.read_csv(path, convert_options=options)
-    except (pa.ArrowException, OSError) as error:
+        names = table.column_names
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not a readable csv file ({str(error).splitlines()[0]})") from error
-    if len(set(table.column_names)) != len(table.column_names):
-        raise ValueError(f"{path}: column names repeat: {table.column_names}; give each column its own name")
+    if len(set(names)) != len(names):
+        raise ValueError(f"{path}: column names repeat: {names}; give each column its own name")
+    return _row_numbers(table, str(path))
+
+
+def _check_separator(path: Path) -> None:
+    with path.open(encoding="utf-8", errors="replace") as file:
+        first = file.readline()
+    for separator, name in ((";", "semicolons"), ("\t", "tabs")):
+        if separator in first and "," not in first:
+            raise ValueError(f"{path}: its columns are separated by {name}; save it with commas")
+
+
+def _check_header(table: pa.Table, where: str, rows: int) -> None:
+    """Raises ValueError for a csv of one line less than there are embeddings, and no column of a known name."""
+    names = table.column_names
+    known = any(name in TEXT_COLUMNS or name.startswith("row_") for name in names)
+    if table.num_rows == rows - 1 and not known:
+        raise ValueError(
+            f"{where}: {rows} embeddings need as many lines below a header, and the first line is no header: "
+            f"{', '.join(names)!r:.80}; put the names of the columns above it, e.g. id,caption"
+        )
+
+
+def _row_numbers(table: pa.Table, where: str) -> pa.Table:
+    """The columns ``row_<modality>`` as int64, -1 where they are empty; what pandas makes of those is "1.0" and "".
+
+    Raises ValueError for values that are no whole numbers.
+    """
+    for position, name in enumerate(table.column_names):
+        if name.startswith("row_"):
+            try:
+                column = table[name].cast(pa.int64()).fill_null(-1)
+            except pa.ArrowException as error:
+                raise ValueError(
+                    f"{where}: column {name!r} must hold whole numbers, or nothing where there is no embedding "
+                    f"({str(error).splitlines()[0]})"
+                ) from error
+            table = table.set_column(position, name, column)
     return table
 
 
 def _read_metadata(path: Path) -> pa.Table:
     try:
         table = pq.read_table(path)
-    except (pa.ArrowException, OSError) as error:
+        table.validate(full=True)  # of strings, which would fail at their first use
+        flat = [field.name for field in table.schema if not pa.types.is_nested(field.type)]
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not a readable parquet file ({str(error).splitlines()[0]})") from error
-    flat = [field.name for field in table.schema if not pa.types.is_nested(field.type)]
     return table.select(flat).replace_schema_metadata(None)
 
 
@@ -237,6 +284,7 @@ def _write(
     output: StrPath,
     shards: Mapping[str, Sequence[np.ndarray[Any, Any]]],
     table: pa.Table,
+    where: str,
     dtype: str | None,
     overwrite: bool,
 ) -> EmbeddingStore:
@@ -248,8 +296,11 @@ def _write(
         if len(rests) > 1:
             raise ValueError(f"shards of {name!r} differ in shape: {sorted(rests)}; re-embed them with one encoder")
         shapes[name] = (sum(len(part) for part in parts), *rests.pop())
+    empty = [name for name, shape in shapes.items() if not shape[0]]
+    if empty:
+        raise ValueError(f"{where}: {empty[0]!r} holds no embeddings, its shape is {shapes[empty[0]]}; leave it out")
     # The index is checked against the shapes alone, before anything is written.
-    check_index(table, {n: Modality(torch.empty(s, device="meta")) for n, s in shapes.items()}, "index")
+    check_index(table, {n: Modality(torch.empty(s, device="meta")) for n, s in shapes.items()}, where)
     check_replaceable(output, overwrite=overwrite)
     with atomic_folder(output, overwrite=overwrite) as folder:
         for name, parts in shards.items():
@@ -266,5 +317,6 @@ def _stream(
     for part in parts:
         step = max(1, _CHUNK_ELEMENTS // max(1, int(np.prod(part.shape[1:]))))
         for start in range(0, len(part), step):
-            values = np.array(part[start : start + step], dtype=np.float32)
+            with np.errstate(over="ignore"):  # what does not fit becomes infinite, which is refused with its rows
+                values = np.array(part[start : start + step], dtype=np.float32)
             yield quantize(torch.from_numpy(values), target)

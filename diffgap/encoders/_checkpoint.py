@@ -30,8 +30,9 @@ def read_state_dict(file: Path, key: str) -> Mapping[str, torch.Tensor]:
         with torch.serialization.safe_globals(allowed):
             content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except Exception as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise ValueError(
-            f"{file} cannot be read as weights alone, and it is not run as code: {str(error).splitlines()[0]}; "
+            f"{file} cannot be read as weights alone, and it is not run as code: {reason}; "
             f"save its state_dict alone: torch.save({{{key!r}: state_dict}}, file)"
         ) from error
     state = content.get(key, content) if isinstance(content, Mapping) else None

@@ -75,7 +75,7 @@ def parse_settings(description: str) -> MelSettings | LatentSettings:
         if isinstance(content, dict) and "weights" in content:
             return LatentSettings(**{**content, "mel": MelSettings(**content["mel"])})
     except (TypeError, KeyError, json.JSONDecodeError) as error:
-        raise ValueError(f"{description[:80]!r} describes neither spectrograms nor latents ({error})") from error
+        raise ValueError(f"{str(description)[:80]!r} describes neither spectrograms nor latents ({error})") from error
     return MelSettings.parse(description)
 
 

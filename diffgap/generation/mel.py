@@ -86,7 +86,7 @@ class MelSettings:
         try:
             return cls(**json.loads(description))
         except (TypeError, json.JSONDecodeError) as error:
-            raise ValueError(f"{description[:80]!r} describes no mel settings ({error})") from error
+            raise ValueError(f"{str(description)[:80]!r} describes no mel settings ({error})") from error
 
     def log_mel(self, wave: FloatArray) -> FloatArray:
         """(n,) samples in -1..1 at ``sample_rate`` -> (1 + n // hop, bands) float32.

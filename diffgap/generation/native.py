@@ -140,7 +140,10 @@ def load_generator(
         ValueError: Weights that are damaged, a vocoder or an autoencoder of other spectrograms.
     """
     model = MelGenerator.from_pretrained(weights_of(run))
-    drawn = parse_settings(model.config.mel)
+    try:
+        drawn = parse_settings(model.config.mel)
+    except ValueError as error:
+        raise ValueError(f"{run}: {error}; train the generator again") from error
     mel = drawn.mel if isinstance(drawn, LatentSettings) else drawn
     coder = MelAutoencoder(autoencoder, mel) if autoencoder else None
     return NativeGenerator(model.to(device), load_vocoder(vocoder, mel), coder)

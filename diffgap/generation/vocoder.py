@@ -12,6 +12,7 @@ import numpy.typing as npt
 import torch
 import yaml
 
+from diffgap.encoders._checkpoint import read_state_dict
 from diffgap.encoders._packages import require
 from diffgap.generation.mel import INSTALL, MelSettings
 
@@ -74,7 +75,10 @@ class HiFiGAN:
 
         if not (Path(path) / "config.json").is_file():
             raise FileNotFoundError(f"{path} holds no config.json; give the folder of a saved SpeechT5HifiGan")
-        self._model = SpeechT5HifiGan.from_pretrained(path, local_files_only=True).eval()
+        try:
+            self._model = SpeechT5HifiGan.from_pretrained(path, local_files_only=True).eval()
+        except Exception as error:  # of many packages
+            raise _damaged(path, "SpeechT5HifiGan", error) from error
         config = self._model.config
         hop = int(np.prod(config.upsample_rates))
         self.settings = settings or MelSettings(config.sampling_rate, 1024, hop, config.model_in_dim)
@@ -111,18 +115,27 @@ class Vocos:
         from vocos.heads import ISTFTHead
         from vocos.models import VocosBackbone
 
-        content = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+        try:
+            content = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise _damaged(folder, "Vocos", error) from error
         features = _part(content, "feature_extractor", "vocos.feature_extractors.MelSpectrogramFeatures", folder)
-        self._backbone = VocosBackbone(**_part(content, "backbone", self._PARTS[0], folder)).eval()
-        self._head = ISTFTHead(**_part(content, "head", self._PARTS[1], folder)).eval()
-        state = torch.load(folder / "pytorch_model.bin", map_location="cpu", weights_only=True)
-        for prefix, module in (("backbone.", self._backbone), ("head.", self._head)):
-            module.load_state_dict({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
-        rate = int(features.get("sample_rate", 24_000))
-        self.settings = MelSettings(
-            rate, int(features.get("n_fft", 1024)), int(features.get("hop_length", 256)),
-            int(features.get("n_mels", 100)), 0.0, rate / 2, htk=True, floor=1e-7,
-        )  # fmt: skip
+        backbone, head = (
+            _part(content, name, expected, folder)
+            for name, expected in zip(("backbone", "head"), self._PARTS, strict=True)
+        )
+        state = read_state_dict(folder / "pytorch_model.bin", "state_dict")
+        try:
+            self._backbone, self._head = VocosBackbone(**backbone).eval(), ISTFTHead(**head).eval()
+            for prefix, module in (("backbone.", self._backbone), ("head.", self._head)):
+                module.load_state_dict({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
+            rate = int(features.get("sample_rate", 24_000))
+            self.settings = MelSettings(
+                rate, int(features.get("n_fft", 1024)), int(features.get("hop_length", 256)),
+                int(features.get("n_mels", 100)), 0.0, rate / 2, htk=True, floor=1e-7,
+            )  # fmt: skip
+        except Exception as error:  # of Vocos's own classes, by what the configuration gives them
+            raise _damaged(folder, "Vocos", error) from error
 
     def __call__(self, log_mel: FloatArray) -> FloatArray:
         _check(log_mel, self.settings)
@@ -139,7 +152,8 @@ def load_vocoder(spec: str, settings: MelSettings) -> Vocoder:
         spec: "griffin-lim", "hifigan:FOLDER" or "vocos:FOLDER".
 
     Raises:
-        ValueError: Another spec, or a vocoder of other spectrograms.
+        FileNotFoundError: The folder lacks a file.
+        ValueError: Another spec, a vocoder that is damaged, or one of other spectrograms.
     """
     kind, _, path = spec.partition(":")
     if kind == "griffin-lim" and not path:
@@ -167,6 +181,17 @@ def _part(content: Any, name: str, expected: str, folder: Path) -> dict[str, Any
     part = content.get(name) if isinstance(content, dict) else None
     found = part.get("class_path") if isinstance(part, dict) else None
     if found != expected:
-        raise ValueError(f"{folder / 'config.yaml'}: {name} is {json.dumps(found)}; only {expected} is supported")
-    arguments: dict[str, Any] = part.get("init_args") or {} if isinstance(part, dict) else {}
+        raise ValueError(
+            f"{folder / 'config.yaml'}: {name} is {json.dumps(found, default=str)}; only {expected} is supported"
+        )
+    arguments = part.get("init_args") or {} if isinstance(part, dict) else {}
+    if not isinstance(arguments, dict):
+        raise ValueError(
+            f"{folder / 'config.yaml'}: init_args of {name} is {json.dumps(arguments, default=str)}, no mapping"
+        )
     return arguments
+
+
+def _damaged(folder: str | os.PathLike[str], kind: str, error: Exception) -> ValueError:
+    """The one error for a folder of a vocoder in which something is wrong."""
+    return ValueError(f"{folder} does not hold a whole {kind} ({' '.join(str(error).split())[:200]}); copy it again")

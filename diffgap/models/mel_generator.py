@@ -108,6 +108,8 @@ class MelGeneratorConfig:
         for name in ("dropout", "condition_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; use a value in [0, 1)")
+        if self.typical_frames < 0:
+            raise ValueError(f"typical_frames is {self.typical_frames}; use 0 or more")
         if self.min_snr_gamma < 0:
             raise ValueError(f"min_snr_gamma is {self.min_snr_gamma}; use 0 or more")
         build_solver(self.solver, self.noise_schedule(), self.sampling_steps)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 import os
 from typing import Any, cast
 
@@ -16,7 +15,7 @@ from typing_extensions import Self
 from diffgap._files import atomic_folder
 
 #: What loading raises on files that are damaged: of the weights, or by classes built from a configuration's values.
-_DAMAGES = (SafetensorError, RuntimeError, TypeError, AttributeError, KeyError, MemoryError, json.JSONDecodeError)
+_DAMAGES = (SafetensorError, RuntimeError, TypeError, AttributeError, KeyError, MemoryError, ValueError)
 
 
 class SavedModel(PyTorchModelHubMixin):
@@ -40,6 +39,8 @@ class SavedModel(PyTorchModelHubMixin):
         try:
             with contextlib.redirect_stdout(io.StringIO()):  # the hub prints where it loads from
                 model: Self = super().from_pretrained(str(path), **options)
+        except FileNotFoundError:  # which the hub makes a ValueError too
+            raise
         except _DAMAGES as error:
             reason = " ".join(str(error).split())[:200]
             raise ValueError(

@@ -135,7 +135,12 @@ class YamlConfig:
             content = yaml.safe_load(path.read_text(encoding="utf-8"))
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise ValueError(f"{path} is not YAML ({' '.join(str(error).split())[:120]})") from error
-        return cls.from_dict(content, str(path))
+        try:
+            return cls.from_dict(content, str(path))
+        except ValueError as error:
+            if str(path) in str(error):
+                raise
+            raise ValueError(f"{path}: {error}") from error
 
     @classmethod
     def from_dict(cls, content: Any, where: str) -> Self:

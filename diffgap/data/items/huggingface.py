@@ -36,8 +36,8 @@ def scan_saved(folder: Path, media: Path | None, columns: Mapping[str, str], not
     if not (folder / "dataset_dict.json").is_file():
         yield from _scan_split(folder, files, columns, notes, prefix="", split="")
         return
-    for name in _read_json(folder / "dataset_dict.json").get("splits", []):
-        split = split_named(name)
+    for name in _entry(folder / "dataset_dict.json", "splits", list):
+        split = split_named(str(name))
         if not split:
             raise ValueError(
                 f"{folder}: split {name!r} is none of train, validation and test; give the folder of one split "
@@ -50,7 +50,7 @@ def scan_saved(folder: Path, media: Path | None, columns: Mapping[str, str], not
 def _scan_split(
     folder: Path, media: MediaFolder, columns: Mapping[str, str], notes: Notes, *, prefix: str, split: str
 ) -> Iterator[Located]:
-    features = _read_json(folder / "dataset_info.json").get("features") or {}
+    features = _entry(folder / "dataset_info.json", "features", dict)
     mapping = {**_found_by_feature(features, columns, folder), **columns}
     check_columns(list(features), mapping, str(folder))
     rows = ((where, renamed(row, mapping)) for where, row in _rows(folder, features))
@@ -61,9 +61,7 @@ def _found_by_feature(features: Mapping[str, Any], columns: Mapping[str, str], f
     """{modality: column} for the media features that neither ``columns`` nor their own name tells."""
     found: dict[str, str] = {}
     for kind, modality in _FEATURES.items():
-        names = [
-            name for name, feature in features.items() if isinstance(feature, dict) and feature.get("_type") == kind
-        ]
+        names = [name for name in features if _type(features[name]) == kind]
         if modality in columns or modality in features:
             continue
         if len(names) > 1:
@@ -77,10 +75,13 @@ def _found_by_feature(features: Mapping[str, Any], columns: Mapping[str, str], f
 
 def _rows(folder: Path, features: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
     inside = MediaFolder(folder)
-    labels = {n: f["names"] for n, f in features.items() if isinstance(f, dict) and f.get("_type") == "ClassLabel"}
-    media = {n for n, f in features.items() if isinstance(f, dict) and f.get("_type") in _FEATURES}
-    for entry in _read_json(folder / "state.json").get("_data_files", []):
-        path = inside.resolve(entry["filename"], str(folder / "state.json"))
+    labels = {name: feature.get("names") for name, feature in features.items() if _type(feature) == "ClassLabel"}
+    media = {name for name, feature in features.items() if _type(feature) in _FEATURES}
+    state = folder / "state.json"
+    for entry in _entry(state, "_data_files", list):
+        if not isinstance(entry, dict) or not isinstance(entry.get("filename"), str):
+            raise ValueError(f"{state}: {entry!r:.80} names no file; save the data set again")
+        path = inside.resolve(entry["filename"], str(state))
         try:
             with pa.memory_map(str(path)) as mapped:
                 whole = mapped.read_buffer()
@@ -92,9 +93,9 @@ def _rows(folder: Path, features: Mapping[str, Any]) -> Iterator[tuple[str, dict
                         number += 1
                         row = dict(zip(batch.schema.names, values, strict=True))
                         for name, names in labels.items():
-                            row[name] = None if row[name] is None or row[name] < 0 else names[row[name]]
+                            row[name] = _label(row.get(name), names, f"{path}, row {number}, {name!r}")
                         yield f"{path}, row {number}", row
-        except (pa.ArrowException, OSError) as error:
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
             raise ValueError(
                 f"{path}: not a readable arrow file ({str(error).splitlines()[0]}); save it again"
             ) from error
@@ -106,7 +107,12 @@ def _values(batch: pa.RecordBatch, name: str, medium: bool, path: Path, whole: p
     if not medium:
         yield from (value.as_py() for value in column)
         return
+    kind = column.type
+    if not pa.types.is_struct(kind) or kind.get_field_index("bytes") < 0 or kind.get_field_index("path") < 0:
+        raise ValueError(f"{path}: column {name!r} is {kind}, and media are {{bytes, path}}; save the data set again")
     content, names = column.field("bytes"), column.field("path")
+    if not (pa.types.is_binary(content.type) or pa.types.is_large_binary(content.type)):
+        raise ValueError(f"{path}: the bytes of column {name!r} are {content.type}; save the data set again")
     _, ends, data = content.buffers()
     width = np.int64 if pa.types.is_large_binary(content.type) else np.int32
     bounds = np.frombuffer(ends, width)[content.offset :] if ends else np.zeros(0, width)
@@ -123,11 +129,29 @@ def _values(batch: pa.RecordBatch, name: str, medium: bool, path: Path, whole: p
             yield Source(data=content[row].as_py(), suffix=suffix)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _type(feature: Any) -> str:
+    """What a feature is called by ``datasets``; "" for lists and for what is none."""
+    return str(feature.get("_type", "")) if isinstance(feature, dict) else ""
+
+
+def _label(value: Any, names: Any, where: str) -> str | None:
+    """The class of that number; None for none."""
+    if value is None or (isinstance(value, int) and value < 0):
+        return None
+    if not isinstance(value, int) or not isinstance(names, list) or value >= len(names):
+        raise ValueError(f"{where}: {value!r:.40} is the number of no class; save the data set again")
+    return str(names[value])
+
+
+def _entry(path: Path, name: str, kind: type) -> Any:
+    """An entry of the JSON object in a file, which must be of that kind; an empty one where there is none."""
     try:
         content = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read ({str(error)[:120]}); save the data set again") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path}: no JSON object; save the data set again")
-    return content
+    value = content.get(name)
+    if value is not None and not isinstance(value, kind):
+        raise ValueError(f"{path}: {name} is {value!r:.80}, no {kind.__name__}; save the data set again")
+    return value or kind()
