@@ -30,12 +30,11 @@ kernels, which PyTorch has as SDPA's efficient backend, ``mem_eff_attention/kern
 can (0.0.35, ``ops/fmha/dispatch.py``), and has sdpa_flash's times. eager: ``softmax(s q k^T) v`` on transposed views in
 bfloat16, with the copies that batched products make of them; its products are charged without padding.
 
-``python -m benchmarks.attention_model [--json FILE]`` prints the tables, all of kind ``modelled``.
+``python -m benchmarks.attention_model [--chip CHIP ...] [--json FILE]`` prints the tables, all of kind ``modelled``.
 """
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -45,13 +44,14 @@ from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from diffgap.kernels.configs import SHORT, Pass, attention_config
+from diffgap.kernels.configs import SHORT, Pass, attention_config, is_amd
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
 from benchmarks.cases import DIRECTIONS, Direction
-from benchmarks.gpus import GPUS, Gpu
+from benchmarks.gpus import OF_CHIP, Gpu
 from benchmarks.model import LAUNCH_SECONDS, Implementation, Kernel
+from benchmarks.model_options import parse
 from benchmarks.plots import _COLOURS, _MARKERS
 from benchmarks.report import implementations, section, to_json, write
 from benchmarks.runner import Result, Row
@@ -284,6 +284,12 @@ def eager(gpu: Gpu, shape: Shape) -> Passes:
 
 
 IMPLEMENTATIONS: tuple[Callable[[Gpu, Shape], Passes], ...] = (ours, sdpa_flash, xformers, eager)
+CHIPS = tuple(OF_CHIP)
+
+
+def implementations_on(gpu: Gpu) -> tuple[Callable[[Gpu, Shape], Passes], ...]:
+    """All, but on AMD's chips, where torch and xformers have other kernels than the ones above, ours and eager."""
+    return (ours, eager) if is_amd(gpu.chip) else IMPLEMENTATIONS
 
 
 def floor_seconds(gpu: Gpu, shape: Shape, direction: Direction) -> float:
@@ -303,7 +309,7 @@ def model(gpu: Gpu) -> dict[Row, Implementation]:
             shape = Shape(batch, n, n)
             case = f"attention/{direction}/{batch}x{n}x{n}x{HEADS}x{HEAD_DIM}/bf16"
             floor = floor_seconds(gpu, shape, direction)
-            for implementation in IMPLEMENTATIONS:
+            for implementation in implementations_on(gpu):
                 entry = implementation(gpu, shape).of(direction)
                 time, peak = entry.seconds(gpu), entry.peak_bytes
                 modelled[Row(case, entry.name, time, 0.0, peak, floor, 0, gpu.name, "modelled")] = entry
@@ -377,13 +383,9 @@ def to_markdown(header: Mapping[str, Any], modelled: Mapping[Gpu, Mapping[Row, I
 
 def main(argv: Sequence[str]) -> int:
     """Print the tables, and write them with ``--json``."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.attention_model", description="Modelled times.")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write FILE, and .md and .png beside it")
-    path = parser.parse_args(argv).json
-    if path is not None and path.suffix != ".json":
-        parser.error(f"--json: expected a name that ends in .json, got {path.name}")
-    modelled = {gpu: model(gpu) for gpu in GPUS}
-    header = {"date": date.today().isoformat(), "command": "python -m benchmarks.attention_model", "kind": "modelled"}
+    gpus, path, command = parse("benchmarks.attention_model", argv, CHIPS)
+    modelled = {gpu: model(gpu) for gpu in gpus}
+    header = {"date": date.today().isoformat(), "command": command, "kind": "modelled"}
     document = to_markdown(header, modelled)
     print(document)
     if path is not None:

@@ -14,17 +14,15 @@ HBM and launches. All rates are peaks, so every time is a lower bound, by the sa
 - A tile of ``m x n`` logits reads ``(m + n) D`` elements through L2. HBM is charged once for what fits in L2 while it
   is in use, else for every pass. The gradient rows that Inf-CL loads, adds to and stores for every 64 x 64 tile fit.
 
-``python -m benchmarks.model [--json FILE]`` prints the tables, all of kind ``modelled``.
+``python -m benchmarks.model [--chip CHIP ...] [--json FILE]`` prints the tables, all of kind ``modelled``.
 """
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import date
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -33,11 +31,14 @@ from diffgap.kernels._tiles import WORKSPACE_BYTES
 from diffgap.kernels.configs import CONFIGS, Tile
 
 from benchmarks.aot import compile_launches
-from benchmarks.gpus import GPUS, Gpu
+from benchmarks.gpus import Gpu
+from benchmarks.model_options import parse
 from benchmarks.report import seconds, section, to_json, write
 from benchmarks.runner import Result, Row, Skipped
 from benchmarks.sass import LoopCounts, loop_counts, rest_counts, sass
 
+#: Whose tensor instructions are counted here: those of a warp or of a warp group.
+CHIPS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_120")
 BATCHES = (32768, 131072)
 WIDTHS = (512, 768, 1024)
 LANES = 32
@@ -54,7 +55,7 @@ INF_CL_BLOCK = 64
 
 def multiply_adds(gpu: Gpu, tile: Tile) -> int:
     """Of one tensor instruction of one warp in bfloat16: HMMA.16816, or a quarter of HGMMA.64xNx16."""
-    return 16 * 8 * 16 if gpu.chip == "sm_80" else 64 * tile.block_n * 16 // 4
+    return 64 * tile.block_n * 16 // 4 if gpu.chip == "sm_90" else 16 * 8 * 16
 
 
 @dataclass(frozen=True)
@@ -316,20 +317,16 @@ def _pipes_table(details: Mapping[str, list[Implementation]], gpu: Gpu) -> list[
 
 def main(argv: Sequence[str]) -> int:
     """Print the tables, and write them with ``--json``."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.model", description="Modelled times for named GPUs.")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write FILE, and .md beside it")
-    path = parser.parse_args(argv).json
-    if path is not None and path.suffix != ".json":
-        parser.error(f"--json: expected a name that ends in .json, got {path.name}")
+    gpus, path, command = parse("benchmarks.model", argv, CHIPS)
     import triton
 
-    counts = {gpu: compiled_counts(gpu) for gpu in GPUS}
-    modelled = {gpu: model(gpu, counts[gpu]) for gpu in GPUS}
+    counts = {gpu: compiled_counts(gpu) for gpu in gpus}
+    modelled = {gpu: model(gpu, counts[gpu]) for gpu in gpus}
     header = {
         "date": date.today().isoformat(),
-        "command": "python -m benchmarks.model",
+        "command": command,
         "versions": {"triton": triton.__version__, "torch": torch.__version__},
-        "gpus": {gpu.name: {name: asdict(entry) for name, entry in counts[gpu].items()} for gpu in GPUS},
+        "gpus": {gpu.name: {name: asdict(entry) for name, entry in counts[gpu].items()} for gpu in gpus},
     }
     document = to_markdown(header, modelled)
     print(document)

@@ -17,12 +17,11 @@ asked for.
   numbers count, by their formula: in ten rounds of Philox4x32 two wide products, two exclusive ors and two additions to
   the key, for four numbers; a logarithm, a root, a sine and a cosine for two.
 
-``python -m benchmarks.schedule_model [--json FILE]`` prints the tables, all of kind ``modelled``.
+``python -m benchmarks.schedule_model [--chip CHIP ...] [--json FILE]`` prints the tables, all of kind ``modelled``.
 """
 
 from __future__ import annotations
 
-import argparse
 import math
 import sys
 from collections import Counter
@@ -30,10 +29,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import torch
+from diffgap.kernels.configs import is_amd
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -41,19 +40,22 @@ from benchmarks import cases, floors, schedule
 from benchmarks.attention_model import Launch, PerLogit, bound, kernels
 from benchmarks.cases import Case, Outputs, Run
 from benchmarks.denoiser import _NO_KERNEL
-from benchmarks.gpus import GPUS, Gpu
+from benchmarks.gpus import OF_CHIP, Gpu
 from benchmarks.model import LAUNCH_SECONDS, Implementation
+from benchmarks.model_options import parse
 from benchmarks.parts import arguments_of, tensors_in, written_by, written_names
 from benchmarks.report import operation, operations, section, to_json, write
 from benchmarks.runner import OURS, Result, Row
 from diffgap.ops._dispatch import backend
 
+#: With our CUDA kernels.
+CHIPS = tuple(chip for chip in OF_CHIP if not is_amd(chip))
 _CPU = torch.device("cpu")
 #: What fills a tensor without reading it.
 _FILLS = frozenset(f"aten::{name}_" for name in ("copy", "fill", "zero", "normal", "random", "uniform"))
 _NORMAL = PerLogit(special=2, integer=15)
-# Of csrc/cuda by nvcc 13.0 for sm_80 in float32 (sm_90 has up to 2% more), counted like all SASS here: a number of
-# normal_kernel, and what q_sample_kernel and step_kernel have besides.
+# Of csrc/cuda by nvcc 13.0 for sm_80 in float32 (sm_90 has up to 2% more, and the other chips are taken to have as
+# many), counted like all SASS here: a number of normal_kernel, and what q_sample_kernel and step_kernel have besides.
 _OUR_NORMAL = PerLogit(special=1, fp32=24, integer=35)
 _OUR_ARITHMETIC = {
     "diffgap::q_sample": PerLogit(fp32=5, integer=17),
@@ -223,16 +225,12 @@ def to_markdown(header: Mapping[str, Any], modelled: Mapping[Gpu, Mapping[Row, I
 
 def main(argv: Sequence[str]) -> int:
     """Print the tables, and write them with ``--json``."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.schedule_model", description="Modelled times.")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write FILE, and .md beside it")
-    path = parser.parse_args(argv).json
-    if path is not None and path.suffix != ".json":
-        parser.error(f"--json: expected a name that ends in .json, got {path.name}")
+    gpus, path, command = parse("benchmarks.schedule_model", argv, CHIPS)
     found = [counted(case) for case in modelled_cases()]
-    modelled = {gpu: model(gpu, found) for gpu in GPUS}
+    modelled = {gpu: model(gpu, found) for gpu in gpus}
     header = {
         "date": date.today().isoformat(),
-        "command": "python -m benchmarks.schedule_model",
+        "command": command,
         "versions": {"torch": torch.__version__, "diffusers": version("diffusers")},
         "kind": "modelled",
     }

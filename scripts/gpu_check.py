@@ -42,14 +42,6 @@ def rows_in(path: Path, kind: str) -> list[Row]:
         raise ValueError(f"{path}: expected a file of results of python -m benchmarks ({error})") from None
 
 
-def modelled_rows(folder: Path, gpu: str) -> list[Row]:
-    """The rows of the newest model of each kind for a GPU; of two files with a row for a case, the later one's."""
-    newest: dict[tuple[str, str], Row] = {}
-    for path in sorted(folder.glob("modelled-*.json"), key=lambda path: path.stem[-10:]):
-        newest |= {(row.case, row.impl): row for row in rows_in(path, "modelled") if row.device == gpu}
-    return list(newest.values())
-
-
 def compare(modelled: Sequence[Row], measured: Sequence[Row]) -> list[Comparison]:
     """Every case and implementation that has both times, the furthest off first."""
     times = {(row.case, row.impl): row.median_s for row in measured if row.kind == "measured" and row.device == "cuda"}
@@ -75,21 +67,19 @@ def to_markdown(header: Mapping[str, str], compared: Sequence[Comparison], model
     return "\n".join(lines)
 
 
-def report(results: Path, chip: str, measured_on: str, models: Path = RESULTS) -> Path:
+def report(results: Path, chip: str, measured_on: str) -> Path:
     """Write and sum up the comparison of a file of results with the models of its chip; the path of the tables."""
+    from benchmarks import modelled
     from benchmarks.gpus import OF_CHIP
 
-    gpu = OF_CHIP[chip].name
-    modelled = modelled_rows(models, gpu)
-    compared = compare(modelled, rows_in(results, "measured"))
-    header = {"gpu": gpu, "chip": chip, "measured": measured_on, "date": date.today().isoformat()}
+    rows, without = modelled.rows(chip)
+    compared = compare(rows, rows_in(results, "measured"))
+    header = {"gpu": OF_CHIP[chip].name, "chip": chip, "measured": measured_on, "date": date.today().isoformat()}
     path = results.with_name(f"{results.stem}-models.md")
     with atomic_file(path) as temporary:
-        temporary.write_text(to_markdown(header, compared, len(modelled)), encoding="utf-8")
-    if not modelled:
-        print(
-            f"gpu: no model has a row for {gpu}: they are of an A100 and an H100, and docs/proof.md has the other chips"
-        )
+        temporary.write_text(to_markdown(header, compared, len(rows)), encoding="utf-8")
+    for line in without:
+        print(f"gpu: {line}")
     for entry in compared:
         if entry.off:
             print(f"gpu: {entry.line}")

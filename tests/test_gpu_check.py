@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.gpus import Gpu
 from benchmarks.runner import Row
 
 SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "gpu_check.py"
@@ -63,30 +64,35 @@ def test_off_is_more_than_a_quarter(gpu_check: ModuleType, ratio: float, off: bo
     assert gpu_check.Comparison("a", "diffgap", 2.0, 2.0 * ratio).off == off
 
 
-def test_the_newest_model_of_the_gpu_counts(gpu_check: ModuleType, tmp_path: Path) -> None:
-    write(tmp_path / "modelled-z-2026-01-01.json", modelled("a", "diffgap", 1.0), modelled("b", "diffgap", 1.0))
-    write(tmp_path / "modelled-a-2026-02-01.json", modelled("a", "diffgap", 3.0), modelled("c", "diffgap", 1.0, "A10"))
-    write(tmp_path / "cpu-2026-03-01.json", modelled("d", "diffgap", 1.0))
-    rows = gpu_check.modelled_rows(tmp_path, "H100-SXM5-80GB")
-    assert {(row.case, row.median_s) for row in rows} == {("a", 3.0), ("b", 1.0)}
+def test_report_says_what_was_off(
+    gpu_check: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("triton")
+    from benchmarks import modelled as models
 
+    def fails(gpu: Gpu) -> list[Row]:
+        raise RuntimeError("no C++ kernels\nat all")
 
-def test_report_says_what_was_off(gpu_check: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    models = [modelled("attention/fwd/x", impl, 1e-3) for impl in ("diffgap", "eager", "sdpa_flash")]
-    write(tmp_path / "modelled-attention-2026-01-01.json", *models)
+    def rows_on(gpu: Gpu) -> list[Row]:
+        return [modelled("attention/fwd/x", impl, 1e-3, gpu.name) for impl in ("diffgap", "eager", "sdpa_flash")]
+
+    of_models = {"a": (("sm_90",), rows_on), "b": (("sm_90",), fails), "c": (("sm_80",), rows_on)}
+    monkeypatch.setattr(models, "MODELS", of_models)
     rows = [measured("attention/fwd/x", "diffgap", 1.1e-3), measured("attention/fwd/x", "eager", 2e-3)]
     results = write(tmp_path / "h100-2026-02-01.json", *rows)
-    path = gpu_check.report(results, "sm_90", "NVIDIA H100", tmp_path)
+    path = gpu_check.report(results, "sm_90", "NVIDIA H100")
     assert path == tmp_path / "h100-2026-02-01-models.md"
     said = capsys.readouterr().out.splitlines()
-    assert said[0] == "gpu: off by 2.00x: attention/fwd/x eager: modelled 1.00 ms, measured 2.00 ms"
-    assert said[1].startswith("gpu: 2 modelled times measured, 1 off; wrote ") and len(said) == 2
+    assert said[:3] == [
+        "gpu: the model of b: RuntimeError: no C++ kernels",
+        "gpu: the model of c is not made for sm_90",
+        "gpu: off by 2.00x: attention/fwd/x eager: modelled 1.00 ms, measured 2.00 ms",
+    ]
+    assert said[3].startswith("gpu: 2 modelled times measured, 1 off; wrote ") and len(said) == 4
     text = path.read_text(encoding="utf-8")
     assert "Of 3 modelled rows 2 were measured, of which 1 were off by more than 25%." in text
     assert text.count("| attention/fwd/x | eager | 1.00 ms | 2.00 ms | 2.00 |") == 2
     assert text.count("| attention/fwd/x | diffgap | 1.00 ms | 1.10 ms | 1.10 |") == 1
-    gpu_check.report(results, "sm_86", "NVIDIA A10", tmp_path)
-    assert "no model has a row for A10" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"rows": [{"kind": "measured"}]}'])

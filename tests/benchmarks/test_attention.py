@@ -18,7 +18,7 @@ from torch import Tensor
 from benchmarks import adaln, attention, cases, denoiser, floors, runner
 from benchmarks.cases import DIRECTIONS, DTYPES, Case, Direction
 from benchmarks.denoiser import count_calls
-from benchmarks.gpus import A100, GPUS, H100, Gpu
+from benchmarks.gpus import A100, GPUS, H100, OF_CHIP, Gpu
 from diffgap.models.settings import BridgeSettings
 from diffgap.ops._dispatch import explain
 from tests.benchmarks.toys import CLOCK, QUICK
@@ -397,9 +397,10 @@ def test_model_floor_by_hand(model: ModuleType) -> None:
 
 
 def test_model_rows_are_modelled_and_above_the_floor(model: ModuleType) -> None:
-    for gpu in GPUS:
+    for gpu in OF_CHIP.values():
         rows = list(model.model(gpu))
-        assert len(rows) == 4 * 2 * 3 * 7
+        # The peers' kernels that are modelled are not those of AMD's chips.
+        assert len(rows) == (2 if gpu.chip.startswith("gfx") else 4) * 2 * 3 * 7
         assert all(row.kind == "modelled" and row.device == gpu.name for row in rows)
         assert all(row.median_s >= row.floor_s for row in rows)
         # A kernel never takes less than its launch.

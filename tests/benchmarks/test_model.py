@@ -9,7 +9,7 @@ from types import ModuleType
 
 import pytest
 
-from benchmarks.gpus import A100, GPUS, H100
+from benchmarks.gpus import A100, GPUS, H100, OF_CHIP
 
 
 @pytest.fixture
@@ -78,7 +78,7 @@ def test_instructions_scale_with_the_tensor_instructions_and_the_tiles(model: Mo
 
 
 def test_model_rows_are_modelled_and_above_the_floor(model: ModuleType) -> None:
-    for gpu in GPUS:
+    for gpu in (OF_CHIP[chip] for chip in model.CHIPS):
         result = model.model(gpu, counts(model)).result
         assert {row.case for row in result.rows if row.impl == "diffgap"} == {
             f"clip_loss/fwd+bwd/{rows}x{width}/bf16" for rows in (32768, 131072) for width in (512, 768, 1024)
@@ -90,7 +90,7 @@ def test_model_rows_are_modelled_and_above_the_floor(model: ModuleType) -> None:
 
 
 def test_compiled_kernels_have_the_instructions_of_their_tiles(model: ModuleType) -> None:
-    for gpu in GPUS:
+    for gpu in (*GPUS, OF_CHIP["sm_120"]):
         whole = model.CONFIGS[gpu.chip].contrastive["half"]
         tiles = {"_forward_kernel": whole, "_gradient_kernel": whole.for_gradient()}
         for name, entry in model.compiled_counts(gpu).items():
@@ -115,5 +115,17 @@ def test_model_prints_and_writes_modelled_rows_only(
     assert "## clip_loss on H100-SXM5-80GB (modelled)" in printed.splitlines()
     document = json.loads(path.read_text())
     assert {row["kind"] for row in document["rows"]} == {"modelled"} and len(document["rows"]) == 30
-    with pytest.raises(SystemExit):
-        model.main(["--json", "model.txt"])
+    # Another chip, which the command in the header names.
+    assert model.main(["--json", str(path), "--chip", "sm_89"]) == 0
+    document = json.loads(path.read_text())
+    assert {row["device"] for row in document["rows"]} == {"L40S"}
+    assert document["header"]["command"] == "python -m benchmarks.model --chip sm_89"
+    for wrong in (["--json", "model.txt"], ["--chip", "gfx942"]):
+        with pytest.raises(SystemExit):
+            model.main(wrong)
+
+
+def test_models_of_a_chip_that_only_attention_is_modelled_for(model: ModuleType) -> None:
+    rows, without = importlib.import_module("benchmarks.modelled").rows("gfx942")
+    assert {row.device for row in rows} == {"MI300X"} and {row.impl for row in rows} == {"diffgap", "eager"}
+    assert without == [f"the model of {name} is not made for gfx942" for name in ("clip_loss", "schedule")]
