@@ -26,10 +26,9 @@ the share of the time that products take, the ring's included. The memory of act
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import date
 from functools import cache
@@ -43,9 +42,9 @@ from torch.utils.flop_counter import FlopCounterMode
 import diffgap
 from benchmarks import ring_model
 from benchmarks.gpus import GPUS, Gpu
-from benchmarks.report import seconds, write
+from benchmarks.report import seconds, to_json, write
 from benchmarks.ring_model import BYTES_UTILISATION, COMPUTE_UTILISATION, GPU_COUNTS, HOP_SECONDS, collective_rate
-from benchmarks.runner import Row
+from benchmarks.runner import Result, Row
 from diffgap.models.bridge import DiffGAP
 from diffgap.models.settings import BridgeSettings
 
@@ -181,21 +180,20 @@ def efficiency(gpu: Gpu, gpus: int, work: Work, scaling: str) -> float:
     return together / alone
 
 
-def rows_of(gpu: Gpu) -> list[Row]:
-    """Rows of a benchmark."""
+def rows_of(gpu: Gpu, works: Mapping[str, Work]) -> list[Row]:
+    """Rows of a benchmark; ``works`` by the bridge's name."""
     found = []
     for scaling in ("weak", "strong"):
-        for name, settings in BRIDGES.items():
+        for name, work in works.items():
             for gpus in GPU_COUNTS:
-                took = step(gpu, gpus, count_step(settings), rows_on(scaling, gpus))
+                took = step(gpu, gpus, work, rows_on(scaling, gpus))
                 case = f"training_step/{scaling}/{name}-{rows_on(scaling, gpus):.0f}@{gpus}/bf16"
                 found.append(Row(case, "diffgap", took.seconds, 0.0, None, took.floor, 0, gpu.name, "modelled"))
     return found
 
 
-def table(gpu: Gpu, name: str, scaling: str) -> list[str]:
+def table(gpu: Gpu, name: str, work: Work, scaling: str) -> list[str]:
     """Time, its parts and the efficiency of one bridge by the number of GPUs."""
-    work = count_step(BRIDGES[name])
     kept = f"{ROWS_PER_GPU:,} rows a GPU" if scaling == "weak" else f"{ROWS_OF_ALL:,} rows in all"
     lines = [
         f"### {name} bridge, {scaling} scaling, {kept}, on {gpu.name} (modelled)",
@@ -213,12 +211,13 @@ def table(gpu: Gpu, name: str, scaling: str) -> list[str]:
     return [*lines, ""]
 
 
-def to_markdown() -> str:
-    """What was counted, then every table."""
+def to_markdown(header: Mapping[str, Any]) -> str:
+    """What was counted, which the header has, then every table."""
+    works = {name: Work(**counts) for name, counts in header["counted"].items()}
     lines = [
-        f"# Modelled: a training step across GPUs, {date.today().isoformat()}",
+        f"# Modelled: a training step across GPUs, {header['date']}",
         "",
-        "`python -m benchmarks.scaling_model`",
+        f"`{header['command']}`",
         "",
         f"No GPU has run any of this. Published peaks times {COMPUTE_UTILISATION} (products) and {BYTES_UTILISATION} "
         f"(memory, links), {HOP_SECONDS * 1e6:.0f} µs a message, {CALL_SECONDS * 1e6:.0f} µs a call; "
@@ -227,23 +226,15 @@ def to_markdown() -> str:
         "| bridge | parameters | Gflop a row | calls a step |",
         "|---|---:|---:|---:|",
     ]
-    for name, settings in BRIDGES.items():
-        work = count_step(settings)
+    for name, work in works.items():
         lines.append(f"| {name} | {work.parameters:,} | {work.operations / 1e9:.3f} | {work.calls:,} |")
     lines.append("")
     for gpu in GPUS:
         lines += [f"## {gpu.name}", ""]
-        for name in BRIDGES:
+        for name, work in works.items():
             for scaling in ("weak", "strong"):
-                lines += table(gpu, name, scaling)
+                lines += table(gpu, name, work, scaling)
     return "\n".join(lines)
-
-
-def to_json() -> str:
-    """The rows of :func:`rows_of`, one a line."""
-    header = {"date": date.today().isoformat(), "command": "python -m benchmarks.scaling_model", "kind": "modelled"}
-    lines = ",\n    ".join(json.dumps(asdict(row)) for gpu in GPUS for row in rows_of(gpu))
-    return f'{{\n  "header": {json.dumps(header)},\n  "rows": [\n    {lines}\n  ],\n  "skipped": []\n}}\n'
 
 
 def main(argv: Sequence[str]) -> int:
@@ -253,10 +244,18 @@ def main(argv: Sequence[str]) -> int:
     path = parser.parse_args(argv).json
     if path is not None and path.suffix != ".json":
         parser.error(f"--json: expected a name that ends in .json, got {path.name}")
-    document = to_markdown()
+    works = {name: count_step(settings) for name, settings in BRIDGES.items()}
+    header = {
+        "date": date.today().isoformat(),
+        "command": "python -m benchmarks.scaling_model",
+        "kind": "modelled",
+        "counted": {name: asdict(work) for name, work in works.items()},
+    }
+    document = to_markdown(header)
     print(document)
     if path is not None:
-        for target in write(path, to_json(), document):
+        rows = Result([row for gpu in GPUS for row in rows_of(gpu, works)])
+        for target in write(path, to_json(header, rows), document):
             print(f"wrote {target}", file=sys.stderr)
     return 0
 

@@ -1,0 +1,83 @@
+"""Every document in benchmarks/results is what the JSON beside it says, as today's code renders it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import proof, report, scaling_model
+from benchmarks.runner import Result, Row, Skipped
+from diffgap.retrieval import ablation_report
+from diffgap.retrieval import report as retrieval_report
+from diffgap.retrieval.ablation import Ablation, Cell, Variant
+from diffgap.retrieval.report import Interval
+
+RESULTS = Path(report.__file__).parent / "results"
+#: Written before reports had paired differences, without which none can be read.
+OLD = RESULTS / "stamps-concept-2026-11-25"
+DOCUMENTS = sorted(
+    {*RESULTS.glob("*.md"), *RESULTS.glob("*/report.md"), *RESULTS.glob("*/ablation.md")} - {OLD / "report.md"}
+)
+
+
+def result_of(content: dict[str, Any]) -> Result:
+    rows, skipped = [Row(**row) for row in content["rows"]], [Skipped(**entry) for entry in content["skipped"]]
+    return Result(rows, content.get("failures", []), content.get("missing", {}), skipped)
+
+
+def ablation_of(content: dict[str, Any]) -> Ablation:
+    def interval(values: Any) -> Any:
+        return values if values is None else Interval(*values)
+
+    variants = [
+        {
+            **one,
+            "cells": {
+                scoring: {
+                    metric: Cell(**{name: interval(values) for name, values in cell.items()})
+                    for metric, cell in cells.items()
+                }
+                for scoring, cells in one["cells"].items()
+            },
+        }
+        for one in content["variants"]
+    ]
+    return Ablation(**{**content, "variants": [Variant(**one) for one in variants]})
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(RESULTS)))
+def test_a_document_is_what_its_json_says(document: Path) -> None:
+    text, data = document.read_text(encoding="utf-8"), document.with_suffix(".json")
+    content = json.loads(data.read_text(encoding="utf-8"))
+    if document.name == "ablation.md":
+        assert text == ablation_report.markdown(ablation_of(content))
+    elif document.name == "report.md":
+        assert text == retrieval_report.markdown(retrieval_report.from_json(data))
+    elif document.name.startswith("proof-"):
+        rows = [proof.Row(**{**row, "faults": tuple(row["faults"])}) for row in content["rows"]]
+        assert text == proof.to_markdown(content["header"], rows)
+    elif document.name.startswith("modelled-scaling-"):
+        works = {name: scaling_model.Work(**work) for name, work in content["header"]["counted"].items()}
+        rows = [row for gpu in scaling_model.GPUS for row in scaling_model.rows_of(gpu, works)]
+        assert result_of(content).rows == rows
+        assert text == scaling_model.to_markdown(content["header"])
+    elif document.name.startswith("modelled-"):  # whose tables of times alone come from rows
+        assert content["header"]["date"] in text and content["header"]["command"] in text
+        assert text.count("(modelled)") == len(tables := modelled_tables(result_of(content)))
+        assert all(table in text for table in tables)
+    else:
+        assert text == report.to_markdown(content["header"], result_of(content))
+
+
+def modelled_tables(result: Result) -> list[str]:
+    """The table of each operation on each GPU, as the modelled documents have them."""
+    tables = []
+    for device in dict.fromkeys(row.device for row in result.rows):
+        of_device = [row for row in result.rows if row.device == device]
+        for op in report.operations(of_device):
+            rows = [row for row in of_device if report.operation(row) == op]
+            tables.append("\n".join(report.section(f"{op} on {device} (modelled)", rows, result.skipped)))
+    return tables
