@@ -24,6 +24,7 @@ _MODALITY = re.compile(r"[a-z][a-z0-9_]*")
 _CHUNK_ELEMENTS = 1 << 22
 _ALIKE_SAMPLE = 512
 _ALIKE_COSINE = 0.999
+_NAMED_ROWS = 5
 
 
 @dataclass(frozen=True)
@@ -76,15 +77,18 @@ def quantize(values: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, to
 
 
 class RowCheck:
-    """Counts degenerate rows while they stream by: not finite, all zero, or all rows alike.
+    """Counts degenerate rows while they stream by: not finite, too large to be normalised, all zero, or all alike.
 
+    A row of n values is too large if one is above sqrt(float32's greatest / n): the square of its norm may overflow.
     "Alike" is a mean pairwise cosine above 0.999 over up to 512 rows at equal distances,
     (|sum u|^2 - n) / (n (n - 1)) for unit rows u: what a text tower with a broken tokenizer gives.
     """
 
     def __init__(self, total: int) -> None:
         self.total = total
-        self.not_finite = self.zero = self._seen = 0
+        #: What is wrong: how many rows, and the first of them.
+        self._bad: dict[str, tuple[int, list[int]]] = {}
+        self._seen = 0
         self._stride = -(-total // _ALIKE_SAMPLE) or 1
         self._sample: list[torch.Tensor] = []
 
@@ -92,18 +96,30 @@ class RowCheck:
         """Adds float32 rows (n, D) or (n, T, D), the latter with lengths (n,); padding does not count."""
         values = values if lengths is None else without_padding(values, lengths)
         peak = values.flatten(1).abs().amax(1) if values.shape[0] else values.new_zeros(0)
-        self.not_finite += int((~peak.isfinite()).sum())
-        self.zero += int((peak == 0).sum())
+        limit = (torch.finfo(torch.float32).max / max(1, values[:1].numel())) ** 0.5
+        for what, bad in (
+            ("NaN or infinite", ~peak.isfinite()),
+            (f"too large (above {limit:.1g})", peak.isfinite() & (peak > limit)),
+            ("all zero", peak == 0),
+        ):
+            count, rows = self._bad.get(what, (0, []))
+            found = bad.nonzero().flatten()
+            named = (found[: _NAMED_ROWS - len(rows)] + self._seen).tolist()
+            self._bad[what] = (count + len(found), rows + named)
         picked = torch.arange(-self._seen % self._stride, len(values), self._stride)
         self._seen += len(values)
         rows = values[picked]
         self._sample.append((rows.sum(1) if rows.dim() == 3 else rows).double())
 
     def finish(self, where: str) -> None:
-        """Raises one ValueError with the count if the rows are degenerate."""
-        for count, what in ((self.not_finite, "NaN or infinite"), (self.zero, "all zero")):
+        """Raises one ValueError with the count and the first rows, counted from 0, if the rows are degenerate."""
+        for what, (count, rows) in self._bad.items():
             if count:
-                raise ValueError(f"{where}: {count} of {self.total} embeddings are {what}; drop or re-embed them")
+                named = ", ".join(map(str, rows)) + (" ..." if count > len(rows) else "")
+                raise ValueError(
+                    f"{where}: {count} of {self.total} embeddings are {what}; drop or re-embed them: rows {named} "
+                    "(counted from 0)"
+                )
         units = torch.nn.functional.normalize(torch.cat(self._sample), dim=1) if self._sample else torch.zeros(0, 1)
         n = len(units)
         if n < 2:

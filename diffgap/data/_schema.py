@@ -70,7 +70,10 @@ def check_index(
         if name not in modalities:
             raise ValueError(f"{where}: column {column!r} has no file {name}.safetensors beside it")
         if table[column].type != pa.int64() or table[column].null_count:
-            raise ValueError(f"{where}: column {column!r} must be int64 without nulls; got {table[column].type}")
+            nulls = f" with {table[column].null_count} nulls" if table[column].null_count else ""
+            raise ValueError(
+                f"{where}: column {column!r} must be int64, -1 where a row has none; got {table[column].type}{nulls}"
+            )
         rows[name] = table[column].to_numpy().copy()  # arrow's memory is read-only
         count, bad = len(modalities[name].data), rows[name]
         outside = int(((bad < -1) | (bad >= count)).sum())

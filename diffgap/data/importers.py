@@ -69,10 +69,11 @@ def import_npy(
 
     ``source`` is a folder of ``<modality>.npy`` files (with at most one csv beside them) or {modality: file}.
     Row i of every array belongs to line i of the csv, unless the csv has an integer column
-    ``row_<modality>``; where that is empty or -1, the line has no such embedding. ``id``, ``group`` and ``split`` name csv columns; ``split`` may also be three
-    fractions, hashed by group (``assign_splits``). By default the columns of these names are taken; without
-    them the id is the line number, the group the id, the split 0.8/0.1/0.1. ``dtype`` is "float32", "float16"
-    or "int8" (default: float16 stays, all else becomes float32). Returns the new store, opened.
+    ``row_<modality>``; where that is empty or -1, the line has no such embedding. ``id``, ``group`` and ``split``
+    name csv columns; ``split`` may also be three fractions, hashed by group (``assign_splits``). By default the
+    columns of these names are taken; without them the id is the line number, the group the id, the split
+    0.8/0.1/0.1. ``dtype`` is "float32", "float16" or "int8" (default: float16 stays, all else becomes float32).
+    Returns the new store, opened.
     """
     if isinstance(source, Mapping):
         files = {name: Path(file) for name, file in source.items()}
@@ -229,8 +230,8 @@ def _row_numbers(table: pa.Table, where: str) -> pa.Table:
                 column = table[name].cast(pa.int64()).fill_null(-1)
             except pa.ArrowException as error:
                 raise ValueError(
-                    f"{where}: column {name!r} must hold whole numbers, or nothing where there is no embedding "
-                    f"({str(error).splitlines()[0]})"
+                    f"{where}: column {name!r} must hold whole numbers, and nothing or -1 where there is no embedding; "
+                    f"its values are {table[name].type}"
                 ) from error
             table = table.set_column(position, name, column)
     return table

@@ -78,6 +78,15 @@ def test_import_npy_mapping_without_csv(npy_folder: Path, tmp_path: Path) -> Non
     np.testing.assert_allclose(store.embeddings("sound"), AUDIO, atol=np.abs(AUDIO).max() / 250)
 
 
+@pytest.mark.parametrize("number", ["{}", "{}.0"])  # of pandas, that of a column with an empty cell
+def test_an_empty_row_number_is_a_missing_embedding(npy_folder: Path, tmp_path: Path, number: str) -> None:
+    rows = [0, None, 1, None, 2, 2]
+    lines = [f"{i},{'' if row is None else number.format(row)}" for i, row in enumerate(rows)]
+    (npy_folder / "index.csv").write_text("\n".join(["id,row_text", *lines]))
+    store = import_npy(npy_folder, tmp_path / "store")
+    assert store.rows("text").tolist() == [0, -1, 1, -1, 2, 2]
+
+
 def test_import_npy_takes_a_split_column(npy_folder: Path, tmp_path: Path) -> None:
     lines = CSV.splitlines()
     parts = ["part", "train", "train", "val", "val", "test", "test"]
@@ -153,10 +162,37 @@ def test_assign_splits_bad_fractions(fractions: tuple[float, ...]) -> None:
         (lambda f: damage_header(f / "audio.npy", b"}", b" "), {}, ValueError, "not a readable .npy file"),
         (lambda f: damage_header(f / "audio.npy", b"'fortran", b"fortran"), {}, ValueError, "not a readable .npy"),
         (lambda f: np.save(f / "audio.npy", AUDIO * np.nan), {}, ValueError, "6 of 6 embeddings are NaN"),
+        (lambda f: np.save(f / "audio.npy", np.full((6, 4), 1e300)), {}, ValueError, r"rows 0, 1, 2, 3, 4 \.\.\. \("),
+        (
+            lambda f: np.save(f / "audio.npy", AUDIO[:0]),
+            {},
+            ValueError,
+            r"'audio' holds no embeddings, its shape is \(0",
+        ),
+        (lambda f: np.savez(f / "image.npz", image=AUDIO), {}, ValueError, r"image\.npz is not read; save each of its"),
         (lambda f: np.save(f / "Audio 2.npy", AUDIO), {}, ValueError, "modality name 'Audio 2'"),
         (lambda f: (f / "b.csv").touch(), {}, ValueError, "holds 2 csv files"),
         (lambda f: (f / "index.csv").write_text("id,a\n1,2,3\n"), {}, ValueError, "not a readable csv file"),
         (lambda f: (f / "index.csv").write_text("id,id\n1,2\n"), {}, ValueError, "column names repeat"),
+        (
+            lambda f: (f / "index.csv").write_text("id;caption\n7;a, b\n"),
+            {},
+            ValueError,
+            "separated by semicolons; save",
+        ),
+        (lambda f: (f / "index.csv").write_text("id\tcaption\n7\ta\n"), {}, ValueError, "separated by tabs; save"),
+        (
+            lambda f: (f / "index.csv").write_text("".join(f"{row},a {row}\n" for row in range(6))),
+            {},
+            ValueError,
+            "6 embeddings need as many lines below a header, and the first line is no header: '0, a 0'",
+        ),
+        (
+            lambda f: (f / "index.csv").write_text(CSV.replace(",-1", ",none")),
+            {},
+            ValueError,
+            "column 'row_text' must hold whole numbers, and nothing or -1 where .* values are string",
+        ),
         (lambda f: None, {"group": "band"}, ValueError, "group='band': .* has no such column"),
         (lambda f: None, {"id": "caption"}, ValueError, "column 'id' has 1 empty values"),
         (lambda f: None, {"split": "clip"}, ValueError, "split .a. is unknown"),

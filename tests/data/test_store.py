@@ -218,8 +218,9 @@ def test_bad_requests(store: EmbeddingStore, call: Any, error: type[Exception], 
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ({0: float("nan"), 3: float("inf")}, "2 of 6 embeddings are NaN or infinite"),
-        ({1: 0.0}, "1 of 6 embeddings are all zero"),
+        ({0: float("nan"), 3: float("inf")}, r"2 of 6 embeddings are NaN or infinite; .* rows 0, 3 \(counted from 0\)"),
+        ({2: 1e19}, r"1 of 6 embeddings are too large \(above \de\+18\); .* rows 2 \("),
+        ({1: 0.0}, "1 of 6 embeddings are all zero; .* rows 1"),
         (dict.fromkeys(range(6), 0.7), r"all 6 embeddings are alike \(mean cosine 1.0000"),
     ],
 )
@@ -269,7 +270,8 @@ def test_float16_overflow_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
         (set_column("split", pa.array(["dev"] * ROWS)), "split 'dev' is unknown"),
         (set_column("row_video", pa.array([10] * ROWS)), "24 values of 'row_video' lie outside -1..7"),
         (set_column("row_video", pa.array([-2] * ROWS)), "24 values of 'row_video' lie outside -1..7"),
-        (set_column("row_video", pa.array([0.0] * ROWS)), "must be int64 without nulls; got double"),
+        (set_column("row_video", pa.array([None] + [0] * (ROWS - 1))), "got int64 with 1 nulls"),
+        (set_column("row_video", pa.array([0.0] * ROWS)), "must be int64, -1 where a row has none; got double"),
         (lambda t: t.drop_columns(["row_video"]), "24 index rows but 8 'video' embeddings"),
         (lambda t: t.append_column("row_text", pa.array([0] * ROWS)), "no file text.safetensors"),
         (lambda t: t.slice(0, 20), "20 index rows but 24 'audio' embeddings"),
