@@ -49,8 +49,9 @@ def found_in(files: Sequence[Path], chips: Sequence[str]) -> Iterator[Found]:
     names = readable(sorted({name for name, _ in kernels}))
     for chip in chips:
         for mangled, name in names.items():
-            if kernel := kernels.get((mangled, _CODE_OF.get(chip, chip))):
-                yield _found(chip, name, kernel, tuple(mistakes(mangled, kernel)))
+            code_of = _CODE_OF.get(chip, chip)
+            if kernel := kernels.get((mangled, code_of)):
+                yield _found(chip, name, kernel, tuple(mistakes(mangled, code_of, kernel)))
 
 
 def _found(chip: str, name: str, kernel: Kernel, faults: tuple[str, ...]) -> Found:

@@ -91,9 +91,17 @@ def is_vector(name: str) -> bool:
     return found is not None and found[1] == "1"
 
 
-def mistakes(name: str, kernel: Kernel) -> list[str]:
-    """What the kernel shall not do, in words."""
+def shared_limit(chip: str) -> int:
+    """Shared memory of a block, as the machine code counts it: 48 KiB, which is what a launch gets that asks for no
+    more (none here does), and from sm_90 on 1 KiB that is the system's."""
+    return (48 << 10) + (1 << 10 if int(chip.removeprefix("sm_").rstrip("af")) >= 90 else 0)
+
+
+def mistakes(name: str, chip: str, kernel: Kernel) -> list[str]:
+    """What the kernel shall not do on a chip, in words."""
     found = []
+    if kernel.shared_bytes > (limit := shared_limit(chip)):
+        found.append(f"takes {kernel.shared_bytes} bytes of shared memory, and a block gets {limit}")
     if kernel.local_bytes:
         found.append(f"keeps {kernel.local_bytes} bytes a thread in local memory")
     if is_vector(name):

@@ -3,9 +3,9 @@
     python scripts/cuda_check.py            the CUDA library, as setup.py builds it
     python scripts/cuda_check.py FILE ...   objects, libraries, fat binaries
 
-Fails if a kernel keeps anything in local memory (a spill, or an array with a computed index), or if a vector kernel
-(the first bool of its template arguments is true) has another store to global memory than one of 16 bytes, or loads
-elements one by one. Prints the registers of every kernel.
+Fails if a kernel keeps anything in local memory (a spill, or an array with a computed index), takes more shared memory
+than its chip gives a block, or if a vector kernel (the first bool of its template arguments is true) has another store
+to global memory than one of 16 bytes, or loads elements one by one. Prints the registers of every kernel.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def check(files: Sequence[Path], chips: Sequence[str] = ()) -> int:
     plain = readable(names)
     wrong = [] if names else ["no kernel is found"]
     wrong += [f"{plain[n]}: not compiled for {chip}" for n in names for chip in chips if (n, chip) not in kernels]
-    wrong += [f"{plain[n]} on {chip}: {text}" for (n, chip), k in sorted(kernels.items()) for text in mistakes(n, k)]
+    wrong += [f"{plain[n]} on {c}: {text}" for (n, c), k in sorted(kernels.items()) for text in mistakes(n, c, k)]
     width = max(map(len, plain.values()), default=0)
     print(f"{'registers':{width}}", *(f"{chip:>7}" for chip in chips))
     for name in names:
@@ -53,7 +53,7 @@ def main() -> None:
         wrong = check(files, CHIPS)
     if wrong:
         sys.exit(1)
-    print("cuda-check: no local memory, and 16-byte accesses in every vector kernel")
+    print("cuda-check: no local memory, shared memory that a block gets, and 16-byte accesses in every vector kernel")
 
 
 if __name__ == "__main__":

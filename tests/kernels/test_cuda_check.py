@@ -119,12 +119,25 @@ def test_cuda_check_refuses_loads_of_single_elements() -> None:
     wide = ["LDG.E.128", "LDG.E.64", "STG.E.128"]
     name = "_Z4copyI6__halfLb1ELb0EEvPT_"
     assert nvcc.is_vector(name) and not nvcc.is_vector("_Z4copyI6__halfLb0ELb1EEvPT_")
-    assert nvcc.mistakes(name, nvcc.Kernel(32, 0, 0, wide)) == []
+    assert nvcc.mistakes(name, "sm_90", nvcc.Kernel(32, 0, 0, wide)) == []
     for narrow in ("LDG.E.U16", "STG.E.64", "STG.E"):
-        (text,) = nvcc.mistakes(name, nvcc.Kernel(32, 0, 0, [*wide, narrow]))
+        (text,) = nvcc.mistakes(name, "sm_90", nvcc.Kernel(32, 0, 0, [*wide, narrow]))
         assert f"by {narrow} instead" in text
-    (text,) = nvcc.mistakes(name, nvcc.Kernel(32, 0, 0, ["LDG.E.128"]))
+    (text,) = nvcc.mistakes(name, "sm_90", nvcc.Kernel(32, 0, 0, ["LDG.E.128"]))
     assert "no store" in text
+
+
+@pytest.mark.parametrize(("chip", "limit"), [("sm_80", 49152), ("sm_90", 50176), ("sm_90a", 50176), ("sm_120", 50176)])
+def test_cuda_check_refuses_more_shared_memory_than_a_block_gets(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], chip: str, limit: int
+) -> None:
+    module = load()
+    for taken, wrong in ((limit, 0), (limit + 1, 1)):
+        kernels = {("plain", chip): nvcc.Kernel(32, taken, 0, [])}
+        monkeypatch.setattr(module, "read_kernels", lambda file, kernels=kernels: kernels)
+        assert module.check([Path("fake")]) == wrong
+    said = f"cuda-check: plain on {chip}: takes {limit + 1} bytes of shared memory, and a block gets {limit}\n"
+    assert capsys.readouterr().err == said
 
 
 def test_cuda_check_without_nvcc_says_so_in_one_line_and_passes(tmp_path: Path) -> None:
