@@ -46,7 +46,7 @@ def _without_folder(word: str) -> str:
 
 def _machine(device: torch.device) -> dict[str, Any]:
     machine: dict[str, Any] = {
-        "cpu": _cpu_model(),
+        **_cpu(),
         "isa": torch.backends.cpu.get_cpu_capability(),
         "cores": os.cpu_count(),
         "system": f"{platform.system()} {platform.machine()}",
@@ -58,12 +58,18 @@ def _machine(device: torch.device) -> dict[str, Any]:
     return machine
 
 
-def _cpu_model() -> str:
+def _cpu() -> dict[str, Any]:
+    """The processor's name and, on x86, its family and model: of "AMD EPYC" there are several generations."""
+    first: dict[str, str] = {}
     if sys.platform == "linux":
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            name, _, value = line.partition(":")
+            first.setdefault(name.strip(), value.strip())
+    numbers = {"cpu_family": first.get("cpu family"), "cpu_model": first.get("model")}
+    return {
+        "cpu": first.get("model name") or platform.processor() or platform.machine(),
+        **{name: int(value) for name, value in numbers.items() if value is not None and value.isdecimal()},
+    }
 
 
 def _versions(packages: Iterable[str]) -> dict[str, str]:

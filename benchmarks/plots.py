@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from benchmarks.report import implementations, operation, operations, plural
+from benchmarks.report import implementations, operation, operations, plural, processor
 from benchmarks.runner import OURS, Row
 
 # Okabe and Ito's palette, told apart by colour-blind readers too, and three darker ones; shapes repeat the distinction.
@@ -43,7 +43,7 @@ def draw(path: Path, header: dict[str, Any], rows: Sequence[Row]) -> None:
         _dots(memory_axes, of_op, names, lambda row: (row.peak_bytes or 0) / 2**20)
         memory_axes.set_title(f"{op}: peak extra memory, MiB", fontsize=9)
     machine = header["machine"]
-    place = f"{machine.get('gpu', machine['cpu'])}, {plural(header['threads'], 'CPU thread')}"
+    place = f"{machine.get('gpu', processor(machine))}, {plural(header['threads'], 'CPU thread')}"
     figure.suptitle(f"{place}, {header['date']}; left is better", fontsize=10)
     handles = {line.get_label(): line for axes in grid.flat for line in axes.get_lines()}
     shown = [name for name in names if name in handles]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -55,7 +55,7 @@ def to_markdown(header: dict[str, Any], result: Result) -> str:
         "",
         f"`{header['command']}`",
         "",
-        f"{machine.get('gpu', machine['cpu'])} ({machine['isa']}, {machine['cores']} cores), "
+        f"{machine.get('gpu', processor(machine))} ({machine['isa']}, {machine['cores']} cores), "
         f"{plural(header['threads'], 'CPU thread')}, {header['clock']}; {versions}.",
         "",
         "Times are medians ± interquartile range; (2.00x) is the time relative to diffgap's, above 1 where "
@@ -75,6 +75,12 @@ def to_markdown(header: dict[str, Any], result: Result) -> str:
     if result.failures:
         lines += ["## Failures (not timed)", "", *(f"- {failure}" for failure in result.failures), ""]
     return "\n".join(lines)
+
+
+def processor(machine: Mapping[str, Any]) -> str:
+    """The CPU's name, with its family and model where they were recorded."""
+    family = f", family {machine['cpu_family']} model {machine['cpu_model']}" if "cpu_family" in machine else ""
+    return f"{machine['cpu']}{family}"
 
 
 def operation(row: Row) -> str:

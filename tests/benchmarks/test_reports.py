@@ -41,6 +41,30 @@ def test_header_keeps_no_folder_of_the_command() -> None:
     assert "numpy" in header["versions"] and "no-such-package" not in header["versions"]
 
 
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (
+            "processor\t: 0\nvendor_id\t: AuthenticAMD\ncpu family\t: 26\nmodel\t\t: 2\nmodel name\t: AMD EPYC\n\n"
+            "processor\t: 1\ncpu family\t: 27\nmodel\t\t: 3\nmodel name\t: another\n",
+            {"cpu": "AMD EPYC", "cpu_family": 26, "cpu_model": 2},
+        ),
+        ("processor\t: 0\nCPU part\t: 0xd40\n\n", {"cpu": "aarch64"}),
+    ],
+)
+def test_header_has_the_generation_of_the_processor(
+    text: str, expected: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine.sys, "platform", "linux")
+    monkeypatch.setattr(machine.platform, "processor", lambda: "aarch64")
+    monkeypatch.setattr(machine.Path, "read_text", lambda path, **_: text)
+    found = machine.header(CPU, CLOCK, [], [])
+    assert {name: value for name, value in found["machine"].items() if name.startswith("cpu")} == expected
+    monkeypatch.undo()
+    family = ", family 26 model 2" if "cpu_family" in expected else ""
+    assert f"{expected['cpu']}{family} ({found['machine']['isa']}" in report.to_markdown(found, runner.Result())
+
+
 def test_to_markdown_shows_ratios_floor_missing_and_failures() -> None:
     lines = report.to_markdown(*sample_result()).splitlines()
     assert "| case | floor | diffgap | eager |" in lines
