@@ -17,6 +17,7 @@ def sample_result() -> tuple[dict[str, object], runner.Result]:
     rows = [
         runner.Row("op/fwd/8/fp32", "diffgap", 1e-3, 1e-5, 2 << 20, 5e-4, 1, "cpu"),
         runner.Row("op/fwd/8/fp32", "eager", 3e-3, 1e-5, 4 << 20, 5e-4, 1, "cpu"),
+        runner.Row("op/fwd/8/fp32", "compile", 8e-4, 1e-5, 1 << 20, 5e-4, 1, "cpu"),
         runner.Row("op/fwd/9/fp32", "diffgap", 2e-6, 0.0, None, 1e-6, 1, "cpu"),
         runner.Row("op/fwd/8/fp32", "diffgap", 1e-6, 0.0, 0, 5e-7, 1, "H100", "modelled"),
     ]
@@ -67,11 +68,15 @@ def test_header_has_the_generation_of_the_processor(
 
 def test_to_markdown_shows_ratios_floor_missing_and_failures() -> None:
     lines = report.to_markdown(*sample_result()).splitlines()
-    assert "| case | floor | diffgap | eager |" in lines
-    row = "| fwd/8/fp32 | 500 µs | 1.00 ms ± 10.0 µs (50% of floor) | 3.00 ms ± 10.0 µs (3.00x) |"
+    assert "| case | floor | diffgap | eager | compile |" in lines
+    # A peer that is faster has its loss in its own column.
+    row = (
+        "| fwd/8/fp32 | 500 µs | 1.00 ms ± 10.0 µs (50% of floor) | 3.00 ms ± 10.0 µs (3.00x) "
+        "| 800 µs ± 10.0 µs (0.80x) |"
+    )
     assert row in lines
-    assert "| fwd/8/fp32 | 2.0 MiB | 4.0 MiB (2.00x) |" in lines
-    assert "| fwd/9/fp32 | 1.00 µs | 2.00 µs ± 0.00 ns (50% of floor) |  |" in lines
+    assert "| fwd/8/fp32 | 2.0 MiB | 4.0 MiB (2.00x) | 1.0 MiB (0.50x) |" in lines
+    assert "| fwd/9/fp32 | 1.00 µs | 2.00 µs ± 0.00 ns (50% of floor) |  |  |" in lines
     assert "- faiss: `pip install faiss-cpu`" in lines and "- bad case" in lines
     assert lines.index("## op (measured)") < lines.index("## op (modelled)")
 
@@ -81,8 +86,8 @@ def test_to_markdown_shows_what_was_not_run_and_why() -> None:
     result.skipped.append(runner.Skipped("op/fwd/9/fp32", "eager", "needs 16 GiB"))
     result.skipped.append(runner.Skipped("op/fwd/8/fp32", "torch", "takes minutes"))
     lines = report.to_markdown(header, result).splitlines()
-    assert "| fwd/9/fp32 | 1.00 µs | 2.00 µs ± 0.00 ns (50% of floor) | not run: needs 16 GiB |  |" in lines
-    assert any(line.endswith("(3.00x) | not run: takes minutes |") for line in lines)
+    assert "| fwd/9/fp32 | 1.00 µs | 2.00 µs ± 0.00 ns (50% of floor) | not run: needs 16 GiB |  |  |" in lines
+    assert any(line.endswith("(0.80x) | not run: takes minutes |") for line in lines)
     assert json.loads(report.to_json(header, result))["skipped"][1] == {
         "case": "op/fwd/8/fp32",
         "impl": "torch",
