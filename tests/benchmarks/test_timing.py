@@ -6,12 +6,14 @@ import ctypes
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor
 
 from benchmarks import floors, memory, timing
+from benchmarks.gpus import OF_CHIP
 from tests.benchmarks.toys import CPU
 
 
@@ -123,3 +125,16 @@ def test_traffic_bytes_counts_each_tensor_of_the_dtype_once() -> None:
 def test_probes_scale_to_the_case() -> None:
     assert floors.copy_probe(1000, CPU).units == 1.0
     assert floors.gemm_probe(2 * 1024**3 * 5, torch.float32, CPU).units == 5.0
+
+
+@pytest.mark.parametrize("chip", OF_CHIP)
+def test_what_flushes_the_last_cache_is_larger(monkeypatch: pytest.MonkeyPatch, chip: str) -> None:
+    """On AMD's chips the driver tells L2's 4 MiB, and the cache behind it is what has to be flushed."""
+    gpu, amd = OF_CHIP[chip], chip.startswith("gfx")
+    properties = SimpleNamespace(L2_cache_size=4 << 20 if amd else gpu.l2_bytes)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(torch.version, "hip", "6.4" if amd else None)
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda size, dtype, device: empty(size, dtype=dtype, device="meta"))
+    assert timing.flush_buffer().nbytes >= 2 * gpu.l2_bytes

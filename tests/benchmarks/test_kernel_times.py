@@ -14,9 +14,8 @@ import torch
 
 pytest.importorskip("triton")
 
-from benchmarks import kernel_times, timing
+from benchmarks import kernel_times
 from benchmarks.aot import compile_launches
-from benchmarks.gpus import OF_CHIP
 from benchmarks.kernel_times import Call, Modelled
 
 CHIP, CPU = "sm_90", torch.device("cpu")
@@ -183,16 +182,3 @@ def test_without_a_gpu_the_command_says_so(monkeypatch: pytest.MonkeyPatch, caps
     with pytest.raises(SystemExit):
         kernel_times.main([])
     assert "no CUDA device is visible; run it on a machine with one" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("chip", OF_CHIP)
-def test_what_flushes_the_last_cache_is_larger(monkeypatch: pytest.MonkeyPatch, chip: str) -> None:
-    """On AMD's chips the driver tells L2's 4 MiB, and the cache behind it is what has to be flushed."""
-    gpu, amd = OF_CHIP[chip], chip.startswith("gfx")
-    properties = SimpleNamespace(L2_cache_size=4 << 20 if amd else gpu.l2_bytes)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
-    monkeypatch.setattr(torch.version, "hip", "6.4" if amd else None)
-    empty = torch.empty
-    monkeypatch.setattr(torch, "empty", lambda size, dtype, device: empty(size, dtype=dtype, device="meta"))
-    assert timing.flush_buffer().nbytes >= 2 * gpu.l2_bytes
