@@ -102,10 +102,10 @@ class RowCheck:
             (f"too large (above {limit:.1g})", peak.isfinite() & (peak > limit)),
             ("all zero", peak == 0),
         ):
-            count, rows = self._bad.get(what, (0, []))
+            count, first = self._bad.get(what, (0, []))
             found = bad.nonzero().flatten()
-            named = (found[: _NAMED_ROWS - len(rows)] + self._seen).tolist()
-            self._bad[what] = (count + len(found), rows + named)
+            named = (found[: _NAMED_ROWS - len(first)] + self._seen).tolist()
+            self._bad[what] = (count + len(found), first + named)
         picked = torch.arange(-self._seen % self._stride, len(values), self._stride)
         self._seen += len(values)
         rows = values[picked]
@@ -190,8 +190,12 @@ def write_modality(
     *,
     lengths: torch.Tensor | None = None,
     encoder: str = "",
+    source: str = "",
 ) -> None:
-    """Streams ``(data, scale)`` chunks into a modality file of known shape and checks every row."""
+    """Streams ``(data, scale)`` chunks into a modality file of known shape and checks every row.
+
+    ``source`` is where they come from, for the message of degenerate rows; the file by default.
+    """
     count = shape[0]
     tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
     # Widest items first, so that every tensor starts aligned to its item size.
@@ -232,6 +236,6 @@ def write_modality(
             if name in offsets and tensor is not None:
                 file.seek(base + offsets[name])
                 file.write(tensor.contiguous().numpy().tobytes())
-        check.finish(path.name)
+        check.finish(source or path.name)
         file.flush()
         os.fsync(file.fileno())

@@ -307,7 +307,10 @@ def _write(
         for name, parts in shards.items():
             half = all(part.dtype == np.float16 for part in parts)
             target = DTYPES[dtype] if dtype is not None else torch.float16 if half else torch.float32
-            write_modality(folder / f"{name}.safetensors", _stream(parts, target), shapes[name], target)
+            file = Path(str(getattr(parts[0], "filename", name)))
+            source = str(file if len(parts) == 1 else file.parent)
+            chunks = _stream(parts, target)
+            write_modality(folder / f"{name}.safetensors", chunks, shapes[name], target, source=source)
         write_index(folder / "index.parquet", table)
     return EmbeddingStore.open(output, check=False)  # every row was checked while it was written
 

@@ -148,4 +148,8 @@ def read_npy(path: Path, modality: str) -> EmbeddingStore:
         raise ValueError(f"{path} is not a .npy array of numbers ({' '.join(str(error).split())[:100]})") from error
     if array.ndim not in (2, 3) or not np.issubdtype(array.dtype, np.floating):
         raise ValueError(f"{path} holds {array.dtype} of shape {array.shape}; give floats (N, D) or (N, T, D)")
-    return EmbeddingStore.from_arrays({modality: torch.from_numpy(array.astype(np.float32))})
+    try:
+        with np.errstate(over="ignore"):  # what does not fit becomes infinite, which is refused with its rows
+            return EmbeddingStore.from_arrays({modality: torch.from_numpy(array.astype(np.float32))})
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error

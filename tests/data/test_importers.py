@@ -115,9 +115,9 @@ def test_import_clip_retrieval_numbers_rows_without_a_key(tmp_path: Path) -> Non
 def test_import_streams(npy_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: list[int] = []
 
-    def watched(path: Path, chunks: Any, *args: Any) -> None:
+    def watched(path: Path, chunks: Any, *args: Any, **options: Any) -> None:
         assert iter(chunks) is chunks  # lazy: nothing is read before it is written
-        write_modality(path, (sizes.append(c[0].numel()) or c for c in chunks), *args)
+        write_modality(path, (sizes.append(c[0].numel()) or c for c in chunks), *args, **options)
 
     monkeypatch.setattr(importers, "_CHUNK_ELEMENTS", 10)
     monkeypatch.setattr(importers, "write_modality", watched)
@@ -161,7 +161,7 @@ def test_assign_splits_bad_fractions(fractions: tuple[float, ...]) -> None:
         (lambda f: (f / "audio.npy").write_bytes(b"\x93NUM"), {}, ValueError, "not a readable .npy file"),
         (lambda f: damage_header(f / "audio.npy", b"}", b" "), {}, ValueError, "not a readable .npy file"),
         (lambda f: damage_header(f / "audio.npy", b"'fortran", b"fortran"), {}, ValueError, "not a readable .npy"),
-        (lambda f: np.save(f / "audio.npy", AUDIO * np.nan), {}, ValueError, "6 of 6 embeddings are NaN"),
+        (lambda f: np.save(f / "audio.npy", AUDIO * np.nan), {}, ValueError, r"audio\.npy: 6 of 6 embeddings are NaN"),
         (lambda f: np.save(f / "audio.npy", np.full((6, 4), 1e300)), {}, ValueError, r"rows 0, 1, 2, 3, 4 \.\.\. \("),
         (
             lambda f: np.save(f / "audio.npy", AUDIO[:0]),
