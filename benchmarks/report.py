@@ -59,9 +59,8 @@ def to_markdown(header: dict[str, Any], result: Result) -> str:
         f"{plural(header['threads'], 'CPU thread')}, {header['clock']}; {versions}.",
         "",
         "Times are medians ± interquartile range; (2.00x) is the time relative to diffgap's, above 1 where "
-        "diffgap is faster and below 1 where it is slower. The floor is what the machine needs at least to move the "
-        "bytes and multiply the matrices, measured in the same rounds. Memory is the peak extra of one call, results "
-        "included.",
+        "diffgap is faster. The floor is what the machine needs at least to move the bytes and multiply the "
+        "matrices, measured in the same rounds. Memory is the peak extra of one call, results included.",
         "",
     ]
     for kind in ("measured", "modelled"):
