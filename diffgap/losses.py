@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from diffgap.ops._contrastive import block_bytes
+from diffgap.ops._contrastive import block_bytes, check_embeddings
 from diffgap.ops.clip_loss import clip_loss
 from diffgap.ops.siglip_loss import siglip_loss
 from diffgap.ring_loss import ring_clip_loss, ring_siglip_loss
@@ -48,6 +48,21 @@ def _one_dtype(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """Both in the wider dtype: under autocast two towers may end in different ones."""
     dtype = torch.promote_types(a.dtype, b.dtype)
     return a.to(dtype), b.to(dtype)
+
+
+def _check_even(image: Tensor, text: Tensor) -> None:
+    """Raise, on every rank, unless all have features of one shape: gathering others fails, or never ends."""
+    own = torch.tensor([*image.shape, *text.shape], device=image.device)
+    gathered = own.new_empty(dist.get_world_size(), len(own))
+    dist.all_gather(list(gathered), own)
+    first, *others = gathered.tolist()
+    for rank, found in enumerate(others, 1):
+        if found != first:
+            raise ValueError(
+                f"ClipLoss: rank 0 has image and text features {first[:2]} and {first[2:]}, rank {rank} "
+                f"{found[:2]} and {found[2:]}, but this mode gathers equally many of each; set drop_last=True in the "
+                "data loader, or local_loss=True and gather_with_grad=True here"
+            )
 
 
 def _gather(x: Tensor) -> Tensor:
@@ -104,10 +119,12 @@ class ClipLoss(nn.Module):
         use_horovod: Only ``False``.
 
     Raises:
-        ValueError: Horovod, a rank outside the world, or a process group of another rank or size.
+        ValueError: Horovod, a rank outside the world, a process group of another rank or size, or, in the modes that
+            gather, ranks of different batches.
         RuntimeError: ``world_size`` above 1 and no process group.
 
-    The ring takes an uneven last batch; the modes that gather need ``drop_last=True`` in the data loader.
+    The ring takes an uneven last batch; the modes that gather need ``drop_last=True`` in the data loader, and tell one
+    another their shapes before each gather.
     """
 
     def __init__(
@@ -128,6 +145,7 @@ class ClipLoss(nn.Module):
         self.cache_labels = cache_labels
         self.rank = rank
         self.world_size = world_size
+        self.use_horovod = use_horovod
 
     def forward(
         self,
@@ -146,21 +164,26 @@ class ClipLoss(nn.Module):
             _check_group(self.rank, self.world_size)
             loss = ring_clip_loss(image, text, logit_scale)
         elif self.local_loss:
-            all_image, all_text = self._gather_all(image), self._gather_all(text)
+            all_image, all_text = self._gather_all(image, text)
             first = self.rank * image.shape[0]
             loss = (
                 clip_loss(image, all_text, logit_scale, one_sided=True, label_offset=first)
                 + clip_loss(text, all_image, logit_scale, one_sided=True, label_offset=first)
             ) / 2
         else:
-            loss = clip_loss(self._gather_all(image), self._gather_all(text), logit_scale)
+            loss = clip_loss(*self._gather_all(image, text), logit_scale)
         if isinstance(logit_bias, Tensor):
             # Both softmaxes cancel a bias; in the graph it gets the zero gradient that DDP waits for.
             loss = loss + 0 * logit_bias.sum()
         return {"contrastive_loss": loss} if output_dict else loss
 
-    def _gather_all(self, x: Tensor) -> Tensor:
+    def _gather_all(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
         _check_group(self.rank, self.world_size)
+        check_embeddings("ClipLoss", ("image_features", "text_features"), image, text)
+        _check_even(image, text)
+        return self._gathered(image), self._gathered(text)
+
+    def _gathered(self, x: Tensor) -> Tensor:
         if self.gather_with_grad:
             return _GatherWithGrad.apply(x)
         gathered = _gather(x)

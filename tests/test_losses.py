@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -108,6 +109,18 @@ def test_losses_take_numbers_and_towers_of_unequal_dtype(loss: nn.Module) -> Non
     torch.testing.assert_close(value, loss(image.bfloat16().float(), text, torch.tensor(10.0), torch.tensor(-5.0)))
 
 
+@needs_peer
+@pytest.mark.parametrize("name", ["ClipLoss", "SigLipLoss"])
+@pytest.mark.parametrize(
+    "scale", [np.float32(10), np.int64(10), 10, torch.tensor(10), torch.tensor([10.0]), torch.tensor(10.0).half()]
+)
+def test_losses_take_the_scales_of_open_clip(name: str, scale: Any) -> None:
+    ours, theirs = {"ClipLoss": ClipLoss, "SigLipLoss": SigLipLoss}[name](), getattr(PEER, name)()
+    expected = theirs(*features(5), scale, -scale) if name == "SigLipLoss" else theirs(*features(5), scale)
+    torch.testing.assert_close(ours(*features(5), scale, -scale), expected.reshape(()))
+    assert vars(theirs).keys() - {"prev_num_logits", "labels"} <= vars(ours).keys()
+
+
 @pytest.mark.parametrize("make", [ClipLoss, SigLipLoss])
 def test_losses_refuse(make: type[nn.Module]) -> None:
     with pytest.raises(ValueError, match=r"rank=2, world_size=2"):
@@ -170,6 +183,9 @@ def run_rank(rank: int, port: int, results: Any) -> None:
     local = [x.chunk(WORLD)[rank] for x in features(14)]
     with pytest.raises(ValueError, match=r"built for rank 0 of 3, but the process group says rank \d of 2"):
         ClipLoss(world_size=3)(*local, 10.0)
+    for options in CLIP_OPTIONS[:3]:  # a last batch that is smaller on one rank
+        with pytest.raises(ValueError, match=r"\[7, 24\], rank 1 \[6, 24\] and .* set drop_last=True in the data"):
+            ClipLoss(**options, rank=rank, world_size=WORLD)(*(x[rank:] for x in local), 10.0)
     found = {}
     for name, ours, options in configurations():
         place = {"rank": rank, "world_size": WORLD}

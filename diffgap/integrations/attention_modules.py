@@ -26,6 +26,13 @@ class Adapted:
     #: Longest square float mask that is the causal one; 0 if none is.
     causal_length: int = 0
 
+    def __prepare_scriptable__(self) -> Any:
+        """What ``torch.jit.script`` asks every module for; its compiler cannot read ours, and says so in riddles."""
+        raise TypeError(
+            f"torch.jit.script cannot compile the swapped {type(self).__name__}; call "
+            "diffgap.restore_attention(model) first, or use torch.compile"
+        )
+
 
 class MultiheadAttention(Adapted, nn.MultiheadAttention):
     """torch's module: calls without weights, dropout, added keys and masks other than causal and padding."""

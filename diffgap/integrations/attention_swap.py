@@ -42,6 +42,7 @@ def swap_attention(module: nn.Module) -> int:
     open_clip's text towers do: it is compared here, once, not at every call. Do not pass such modules another one.
 
     Swap after the weights are loaded and diffusers' projections are fused, and before ``torch.compile`` and FSDP.
+    ``torch.jit.script`` refuses a swapped model.
     ``state_dict`` does not change; copies and pickles of a swapped module are swapped.
     :class:`torch.nn.TransformerEncoderLayer` does not call its attention at all in its own fast path for inference.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from numbers import Real
 from typing import Literal, get_args
 
 import torch
@@ -88,15 +89,14 @@ def scalar(op: str, name: str, value: float | Tensor, like: Tensor) -> Tensor:
     host until the device has caught up, and shows as a non-finite loss.
     """
     if isinstance(value, Tensor):
-        if value.numel() != 1 or not value.is_floating_point():
+        if value.numel() != 1 or value.is_complex() or value.dtype == torch.bool:
             raise ValueError(
-                f"{op}: {name} must be a number or a floating-point tensor of one element, "
-                f"got {value.dtype} of shape {tuple(value.shape)}"
+                f"{op}: {name} must be a number or a tensor of one, got {value.dtype} of shape {tuple(value.shape)}"
             )
         if readable(value) and not is_finite(value.item()):
             raise ValueError(f"{op}: {name} must be finite, got {value.item()}")
         return value.reshape(()).to(like.device, compute_dtype(like))
-    if not isinstance(value, (int, float)):
+    if not isinstance(value, (int, float, Real)):  # numpy's are Real
         raise TypeError(f"{op}: {name} must be a number or a tensor of one element, got {type(value).__name__}")
     if not is_finite(value):
         raise ValueError(f"{op}: {name} must be finite, got {value}")

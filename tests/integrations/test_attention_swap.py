@@ -268,6 +268,16 @@ def test_swapped_models_compile(make: Callable[[], tuple[nn.Module, Call]]) -> N
         assert relative_l2(actual, torchs) <= FLOAT32_RTOL
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
+def test_torch_jit_script_says_what_to_do() -> None:
+    model, _ = made(gpt)
+    swap_attention(model)
+    with pytest.raises(
+        TypeError, match=r"torch.jit.script cannot compile the swapped .* call diffgap.restore_attention"
+    ):
+        torch.jit.script(model)
+
+
 def test_swapped_models_compile_with_inductor() -> None:
     torch._dynamo.reset()
     model, call = made(gpt)
