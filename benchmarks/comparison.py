@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import json
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from benchmarks.report import seconds
 
@@ -54,3 +56,25 @@ def tables(compared: Sequence[Comparison], case: str = "case", impl: str = "impl
                 lines.append(f"| {entry.case} | {entry.impl} | {times} | {entry.ratio:.2f} |")
             lines.append("")
     return lines
+
+
+def to_markdown(header: Mapping[str, Any], compared: Sequence[Comparison]) -> str:
+    """The comparison of a run of the benchmarks with the models of its chip."""
+    off = sum(entry.off for entry in compared)
+    lines = [
+        f"# Models beside measurements: {header['measured']}, {header['date']}",
+        "",
+        f"Modelled for {header['gpu']} ({header['chip']}), measured on {header['measured']}. A modelled time is a "
+        f"lower bound at published rates. Of {header['modelled']} modelled rows {len(compared)} were measured, of "
+        f"which {off} were off by more than {TOLERANCE:.0%}.",
+        "",
+        *tables(compared),
+    ]
+    return "\n".join(lines)
+
+
+def to_json(header: Mapping[str, Any], rows: Iterable[Mapping[str, Any]], **others: object) -> str:
+    """One object of ``header``, ``others`` and ``rows``, one row a line."""
+    first = "".join(f'  "{name}": {json.dumps(value)},\n' for name, value in {"header": header, **others}.items())
+    lines = ",\n    ".join(map(json.dumps, rows))
+    return f'{{\n{first}  "rows": [\n    {lines}\n  ]\n}}\n'

@@ -42,7 +42,7 @@ from benchmarks.aot import (
     multiplied_as,
 )
 from benchmarks.cases import DTYPES, differentiated
-from benchmarks.comparison import TOLERANCE, Comparison, furthest_first, tables
+from benchmarks.comparison import TOLERANCE, Comparison, furthest_first, tables, to_json
 from benchmarks.compiled import PRODUCTS, Case, cases
 from benchmarks.nvcc import plain_name
 from benchmarks.report import write
@@ -247,19 +247,18 @@ def measure(
     return found, failures
 
 
-def to_markdown(
-    header: Mapping[str, Any], compared: Sequence[Comparison], failures: Sequence[str], modelled_rows: int
-) -> str:
+def to_markdown(header: Mapping[str, Any], measured: Sequence[Measured], failures: Sequence[str]) -> str:
     """What was off, then all, then what could not be launched."""
+    compared = furthest_first(entry.comparison for entry in measured)
     off = sum(entry.off for entry in compared)
     lines = [
         f"# Kernels: modelled beside measured, {header['gpu']}, {header['date']}",
         "",
         f"`{header['command']}`",
         "",
-        f"Measured by torch's profiler, {header['calls']} calls each. Of {modelled_rows} kernels and configurations "
-        f"whose modelled time on {header['chip']} is more than a launch, {len(compared)} were measured, of which {off} "
-        f"were off by more than {TOLERANCE:.0%}. A kernel is `op/variant/kernel/dtype/size/shape`, and a pipe what "
+        f"Measured by torch's profiler, {header['calls']} calls each. Of {header['modelled']} kernels and "
+        f"configurations whose modelled time on {header['chip']} is more than a launch, {len(compared)} were measured, "
+        f"of which {off} were off by more than {TOLERANCE:.0%}. A kernel is `op/variant/kernel/dtype/size/shape`, and a pipe what "
         "limits it in the model, whose times are meant as lower bounds.",
         "",
         *tables(compared, "kernel", "pipe"),
@@ -267,13 +266,6 @@ def to_markdown(
     if failures:
         lines += ["## Not measured", "", *(f"- {line}" for line in failures), ""]
     return "\n".join(lines)
-
-
-def to_json(header: Mapping[str, Any], measured: Sequence[Measured], failures: Sequence[str]) -> str:
-    """One object of ``header``, ``rows`` and ``failures``, one row a line."""
-    rows = ",\n    ".join(json.dumps(asdict(x.model) | {"measured_s": x.measured_s}) for x in measured)
-    parts = f'"header": {json.dumps(header)},\n  "rows": [\n    {rows}\n  ],\n  "failures": {json.dumps(failures)}'
-    return f"{{\n  {parts}\n}}\n"
 
 
 def main(argv: Sequence[str]) -> int:
@@ -300,14 +292,15 @@ def main(argv: Sequence[str]) -> int:
         "chip": chip,
         "gpu": torch.cuda.get_device_name(),
         "calls": CALLS,
+        "modelled": len(rows),
         "versions": {"torch": torch.__version__},
     }
     for line in (*(entry.line for entry in compared if entry.off), *failures):
         print(f"kernels: {line}")
     print(f"kernels: {len(compared)} of {len(rows)} measured, {sum(entry.off for entry in compared)} off")
     if path is not None:
-        document = to_markdown(header, compared, failures, len(rows))
-        for target in write(path, to_json(header, measured, failures), document):
+        data = to_json(header, (asdict(x.model) | {"measured_s": x.measured_s} for x in measured), failures=failures)
+        for target in write(path, data, to_markdown(header, measured, failures)):
             print(f"wrote {target}", file=sys.stderr)
     return 1 if failures or not measured else 0
 

@@ -1,11 +1,11 @@
 """All that is to be known on a GPU, in one command: ``make gpu``.
 
 Runs tests/gpu and all benchmarks against all peers that are installed, and writes
-``benchmarks/results/<GPU>-<date>.json`` with its tables and picture, and ``-models.md`` beside it: the measured time of
-every case that a model has a time for, and which of these were off by more than 25%. ``-kernels.json`` and ``.md`` have
-the same for the kernels of the proof, each alone (:mod:`benchmarks.kernel_times`). Models are of one GPU of a chip,
-named in the table, and their times are lower bounds. The exit status is 1 if a test failed, an implementation was
-wrong or a kernel could not be timed, not for what a model says.
+``benchmarks/results/<GPU>-<date>.json`` with its tables and picture. Beside it, ``-models.json`` and ``.md`` have the
+measured time of every case that a model has a time for, and which of these were off by more than 25%;
+``-kernels.json`` and ``.md`` have the same for the kernels of the proof, each alone (:mod:`benchmarks.kernel_times`).
+Models are of one GPU of a chip, named in the table, and their times are lower bounds. The exit status is 1 if a test
+failed, an implementation was wrong or a kernel could not be timed, not for what a model says.
 """
 
 from __future__ import annotations
@@ -15,16 +15,18 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import asdict
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.comparison import TOLERANCE, Comparison, furthest_first, tables  # noqa: E402
+from benchmarks.comparison import Comparison, furthest_first, to_json, to_markdown  # noqa: E402
+from benchmarks.report import write  # noqa: E402
 from benchmarks.runner import Row  # noqa: E402
-from diffgap._files import atomic_file  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
 
@@ -52,21 +54,6 @@ def compare(modelled: Sequence[Row], measured: Sequence[Row]) -> list[Comparison
     )
 
 
-def to_markdown(header: Mapping[str, str], compared: Sequence[Comparison], modelled: int) -> str:
-    """What was off, then all."""
-    off = sum(entry.off for entry in compared)
-    lines = [
-        f"# Models beside measurements: {header['measured']}, {header['date']}",
-        "",
-        f"Modelled for {header['gpu']} ({header['chip']}), measured on {header['measured']}. A modelled time is a "
-        f"lower bound at published rates. Of {modelled} modelled rows {len(compared)} were measured, of which "
-        f"{off} were off by more than {TOLERANCE:.0%}.",
-        "",
-        *tables(compared),
-    ]
-    return "\n".join(lines)
-
-
 def report(results: Path, chip: str, measured_on: str) -> Path:
     """Write and sum up the comparison of a file of results with the models of its chip; the path of the tables."""
     from benchmarks import modelled
@@ -74,17 +61,22 @@ def report(results: Path, chip: str, measured_on: str) -> Path:
 
     rows, without = modelled.rows(chip)
     compared = compare(rows, rows_in(results, "measured"))
-    header = {"gpu": OF_CHIP[chip].name, "chip": chip, "measured": measured_on, "date": date.today().isoformat()}
-    path = results.with_name(f"{results.stem}-models.md")
-    with atomic_file(path) as temporary:
-        temporary.write_text(to_markdown(header, compared, len(rows)), encoding="utf-8")
+    header: dict[str, Any] = {
+        "gpu": OF_CHIP[chip].name,
+        "chip": chip,
+        "measured": measured_on,
+        "date": date.today().isoformat(),
+    }
+    header["modelled"] = len(rows)
+    path = results.with_name(f"{results.stem}-models.json")
+    _, document = write(path, to_json(header, map(asdict, compared)), to_markdown(header, compared))
     for line in without:
         print(f"gpu: {line}")
     for entry in compared:
         if entry.off:
             print(f"gpu: {entry.line}")
-    print(f"gpu: {len(compared)} modelled times measured, {sum(entry.off for entry in compared)} off; wrote {path}")
-    return path
+    print(f"gpu: {len(compared)} modelled times measured, {sum(entry.off for entry in compared)} off; wrote {document}")
+    return document
 
 
 def file_name(gpu: str, day: str) -> str:

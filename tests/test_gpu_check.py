@@ -90,6 +90,8 @@ def test_report_says_what_was_off(
     ]
     assert said[3].startswith("gpu: 2 modelled times measured, 1 off; wrote ") and len(said) == 4
     text = path.read_text(encoding="utf-8")
+    content = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+    assert text == gpu_check.to_markdown(content["header"], [gpu_check.Comparison(**row) for row in content["rows"]])
     assert "Of 3 modelled rows 2 were measured, of which 1 were off by more than 25%." in text
     assert text.count("| attention/fwd/x | eager | 1.00 ms | 2.00 ms | 2.00 |") == 2
     assert text.count("| attention/fwd/x | diffgap | 1.00 ms | 1.10 ms | 1.10 |") == 1

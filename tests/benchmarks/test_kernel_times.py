@@ -8,6 +8,7 @@ from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ pytest.importorskip("triton")
 
 from benchmarks import kernel_times
 from benchmarks.aot import compile_launches
-from benchmarks.kernel_times import Call, Modelled
+from benchmarks.kernel_times import Call, Measured, Modelled
 
 CHIP, CPU = "sm_90", torch.device("cpu")
 ADALN = Modelled("adaln", "adaln/gated/forward", "bf16", "128", "16x256x128", "hbm", 1e-5)
@@ -31,6 +32,12 @@ KERNELS = (
     Modelled("attention", "attention/all/short_forward", "bf16", "16x16x64", "1024x16x16x8x64", "hbm", 1e-5),
     Modelled("contrastive", "similarity_ranks/ids/compare", "bf16", "512", "4096x50000x512", "tensor", 1e-5),
 )
+
+
+def measured_in(content: dict[str, Any]) -> list[Measured]:
+    """The rows of a file of the command's."""
+    rows = [dict(row) for row in content["rows"]]
+    return [Measured(measured_s=row.pop("measured_s"), model=Modelled(**row)) for row in rows]
 
 
 def write_proof(folder: Path, day: str, *rows: Modelled, chip: str = CHIP) -> None:
@@ -165,7 +172,9 @@ def test_the_command_lists_what_is_off(
     assert kernel_times.main(["--json", str(path)]) == status
     said = capsys.readouterr().out.splitlines()
     text = path.with_suffix(".md").read_text(encoding="utf-8")
-    rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+    content = json.loads(path.read_text(encoding="utf-8"))
+    assert text == kernel_times.to_markdown(content["header"], measured_in(content), content["failures"])
+    rows = content["rows"]
     if seen:
         name = "solver_step/step_kernel<float,true>/fp32/solver_step/dpmpp_2m_cfg/4x32"
         assert said[0] == f"kernels: off by 2.00x: {name} integer: modelled 20.0 µs, measured 40.0 µs"

@@ -8,12 +8,14 @@ from typing import Any
 
 import pytest
 
-from benchmarks import proof, report, scaling_model
+from benchmarks import comparison, kernel_times, proof, report, scaling_model
+from benchmarks.comparison import Comparison
 from benchmarks.runner import Result, Row, Skipped
 from diffgap.retrieval import ablation_report
 from diffgap.retrieval import report as retrieval_report
 from diffgap.retrieval.ablation import Ablation, Cell, Variant
 from diffgap.retrieval.report import Interval
+from tests.benchmarks.test_kernel_times import measured_in
 
 RESULTS = Path(report.__file__).parent / "results"
 #: Written before reports had paired differences, without which none can be read.
@@ -56,6 +58,10 @@ def test_a_document_is_what_its_json_says(document: Path) -> None:
         assert text == ablation_report.markdown(ablation_of(content))
     elif document.name == "report.md":
         assert text == retrieval_report.markdown(retrieval_report.from_json(data))
+    elif document.name.endswith("-models.md"):
+        assert text == comparison.to_markdown(content["header"], [Comparison(**row) for row in content["rows"]])
+    elif document.name.endswith("-kernels.md"):
+        assert text == kernel_times.to_markdown(content["header"], measured_in(content), content["failures"])
     elif document.name.startswith("proof-"):
         rows = [proof.Row(**{**row, "faults": tuple(row["faults"])}) for row in content["rows"]]
         assert text == proof.to_markdown(content["header"], rows)
