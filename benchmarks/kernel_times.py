@@ -258,8 +258,9 @@ def to_markdown(header: Mapping[str, Any], measured: Sequence[Measured], failure
         "",
         f"Measured by torch's profiler, {header['calls']} calls each. Of {header['modelled']} kernels and "
         f"configurations whose modelled time on {header['chip']} is more than a launch, {len(compared)} were measured, "
-        f"of which {off} were off by more than {TOLERANCE:.0%}. A kernel is `op/variant/kernel/dtype/size/shape`, and a pipe what "
-        "limits it in the model, whose times are meant as lower bounds.",
+        f"of which {off} were off by more than {TOLERANCE:.0%}. A kernel is "
+        "`op/variant/kernel/dtype/size/shape`, and a pipe what limits it in the model, whose times are meant as lower "
+        "bounds.",
         "",
         *tables(compared, "kernel", "pipe"),
     ]
