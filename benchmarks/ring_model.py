@@ -35,16 +35,16 @@ the host needs for its calls is left out for all; for blocks of a few thousand r
 from __future__ import annotations
 
 import argparse
-import json
 import sys
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 from benchmarks.gpus import GPUS, Gpu
-from benchmarks.report import seconds, section, write
-from benchmarks.runner import Row, Skipped
+from benchmarks.report import seconds, section, to_json, write
+from benchmarks.runner import Result, Row, Skipped
 
 GLOBAL_BATCH = 1 << 20
 WIDTHS = (512, 768, 1024)
@@ -196,12 +196,12 @@ def details_table(gpu: Gpu, width: int) -> list[str]:
     return [*lines, ""]
 
 
-def to_markdown() -> str:
+def to_markdown(header: Mapping[str, Any]) -> str:
     """Times and memory beside one another, then what they were computed from."""
     lines = [
-        f"# Modelled: the CLIP loss of {GLOBAL_BATCH:,} pairs across GPUs, {date.today().isoformat()}",
+        f"# Modelled: the CLIP loss of {GLOBAL_BATCH:,} pairs across GPUs, {header['date']}",
         "",
-        "`python -m benchmarks.ring_model`",
+        f"`{header['command']}`",
         "",
         f"No GPU has run any of this. Published peaks times {COMPUTE_UTILISATION} (products) and {BYTES_UTILISATION} "
         f"(memory, links), {HOP_SECONDS * 1e6:.0f} µs a message; {GPUS_PER_NODE} GPUs a node. Formulas and sources: "
@@ -217,13 +217,13 @@ def to_markdown() -> str:
     return "\n".join(lines)
 
 
-def to_json() -> str:
-    """The rows of :func:`rows_of`, one a line."""
-    found = [rows_of(gpu) for gpu in GPUS]
-    header = {"date": date.today().isoformat(), "command": "python -m benchmarks.ring_model", "kind": "modelled"}
-    lines = ",\n    ".join(json.dumps(asdict(row)) for rows, _ in found for row in rows)
-    skipped = json.dumps([asdict(entry) for _, entries in found for entry in entries])
-    return f'{{\n  "header": {json.dumps(header)},\n  "rows": [\n    {lines}\n  ],\n  "skipped": {skipped}\n}}\n'
+def result() -> Result:
+    """The rows of :func:`rows_of` for every GPU."""
+    merged = Result()
+    for gpu in GPUS:
+        rows, skipped = rows_of(gpu)
+        merged.extend(Result(rows, skipped=skipped))
+    return merged
 
 
 def main(argv: Sequence[str]) -> int:
@@ -233,10 +233,11 @@ def main(argv: Sequence[str]) -> int:
     path = parser.parse_args(argv).json
     if path is not None and path.suffix != ".json":
         parser.error(f"--json: expected a name that ends in .json, got {path.name}")
-    document = to_markdown()
+    header = {"date": date.today().isoformat(), "command": "python -m benchmarks.ring_model", "kind": "modelled"}
+    document = to_markdown(header)
     print(document)
     if path is not None:
-        for target in write(path, to_json(), document):
+        for target in write(path, to_json(header, result()), document):
             print(f"wrote {target}", file=sys.stderr)
     return 0
 

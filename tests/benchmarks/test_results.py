@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 
-from benchmarks import comparison, kernel_times, proof, report, scaling_model
+from benchmarks import attention_model, comparison, kernel_times, model, proof, report, ring_model, scaling_model
 from benchmarks.comparison import Comparison
+from benchmarks.gpus import OF_CHIP, Gpu
 from benchmarks.runner import Result, Row, Skipped
+from benchmarks.sass import LoopCounts
 from diffgap.retrieval import ablation_report
 from diffgap.retrieval import report as retrieval_report
 from diffgap.retrieval.ablation import Ablation, Cell, Variant
@@ -50,6 +52,18 @@ def ablation_of(content: dict[str, Any]) -> Ablation:
     return Ablation(**{**content, "variants": [Variant(**one) for one in variants]})
 
 
+def gpus_of(content: dict[str, Any]) -> list[Gpu]:
+    by_name = {gpu.name: gpu for gpu in OF_CHIP.values()}
+    return [by_name[name] for name in dict.fromkeys(row["device"] for row in content["rows"])]
+
+
+def counts_of(kernels: dict[str, Any]) -> dict[str, model.Counts]:
+    return {
+        name: model.Counts(**{part: LoopCounts(**numbers) for part, numbers in counts.items()})
+        for name, counts in kernels.items()
+    }
+
+
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(RESULTS)))
 def test_a_document_is_what_its_json_says(document: Path) -> None:
     text, data = document.read_text(encoding="utf-8"), document.with_suffix(".json")
@@ -70,7 +84,18 @@ def test_a_document_is_what_its_json_says(document: Path) -> None:
         rows = [row for gpu in scaling_model.GPUS for row in scaling_model.rows_of(gpu, works)]
         assert result_of(content).rows == rows
         assert text == scaling_model.to_markdown(content["header"])
-    elif document.name.startswith("modelled-"):  # whose tables of times alone come from rows
+    elif document.name.startswith("modelled-ring-"):
+        assert result_of(content) == ring_model.result()
+        assert text == ring_model.to_markdown(content["header"])
+    elif document.name.startswith("modelled-attention-"):
+        of_gpus = {gpu: attention_model.model(gpu) for gpu in gpus_of(content)}
+        assert result_of(content).rows == [row for of_gpu in of_gpus.values() for row in of_gpu]
+        assert text == attention_model.to_markdown(content["header"], of_gpus)
+    elif document.name.startswith("modelled-clip-loss-"):
+        losses = {gpu: model.model(gpu, counts_of(content["header"]["gpus"][gpu.name])) for gpu in gpus_of(content)}
+        assert result_of(content).rows == [row for of_gpu in losses.values() for row in of_gpu.result.rows]
+        assert text == model.to_markdown(content["header"], losses)
+    elif document.name.startswith("modelled-"):  # a model that runs what it counts: the tables of times alone
         assert content["header"]["date"] in text and content["header"]["command"] in text
         assert text.count("(modelled)") == len(tables := modelled_tables(result_of(content)))
         assert all(table in text for table in tables)
