@@ -24,7 +24,7 @@ from diffgap.losses import mean_over_ranks
 from diffgap.models.contrastive import contrastive_loss
 from diffgap.models.contrastive_diffusion import ContrastiveDiffusion
 from diffgap.models.heads import IdentityHead, ProjectionHead, shared_space
-from diffgap.models.inputs import Inputs, everything, hidden, pool
+from diffgap.models.inputs import Inputs, everything, hidden, integers, pool
 from diffgap.models.likelihood import information
 from diffgap.models.objective import frames_present
 from diffgap.models.randomness import draw_seeds
@@ -101,6 +101,10 @@ class DiffGAP(nn.Module, SavedModel, library_name="diffgap", license="apache-2.0
         self.diffusion = ContrastiveDiffusion(self.modalities, self.sequences, settings)
         self.stage: Stage = "joint"
 
+    @property
+    def _dtype(self) -> torch.dtype:
+        return self.logit_scale.dtype
+
     def _head(self, modality: str) -> Head:
         return cast(Head, self.heads[modality])
 
@@ -128,6 +132,7 @@ class DiffGAP(nn.Module, SavedModel, library_name="diffgap", license="apache-2.0
         """
         if set(embeddings) != set(self.modalities):
             raise ValueError(f"fit needs {', '.join(self.modalities)}; got {', '.join(embeddings) or 'nothing'}")
+        embeddings = self.inputs.checked(embeddings, self._dtype)
         masks = self._masks(embeddings, self.inputs.masks(embeddings, present, lengths))
         here = {name: frames_present(mask) for name, mask in masks.items()}
         for name, rows in here.items():
@@ -160,6 +165,7 @@ class DiffGAP(nn.Module, SavedModel, library_name="diffgap", license="apache-2.0
         lengths: Mapping[str, Tensor] | None = None,
     ) -> None:
         """What :meth:`fit` takes for the diffusion, anew: once the heads have been trained. Arguments as there."""
+        embeddings = self.inputs.checked(embeddings, self._dtype)
         self._fit_diffusion(embeddings, self._masks(embeddings, self.inputs.masks(embeddings, present, lengths)))
 
     def _fit_diffusion(self, embeddings: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> None:
@@ -184,15 +190,14 @@ class DiffGAP(nn.Module, SavedModel, library_name="diffgap", license="apache-2.0
 
     def project(self, modality: str, x: Tensor) -> Tensor:
         """(B, D) or (B, T, D) embeddings of a modality as unit vectors (B, width) or (B, T, width)."""
-        self.inputs.check(modality, x)
-        projected: Tensor = self._head(modality)(x)
+        projected: Tensor = self._head(modality)(self.inputs.checked({modality: x}, self._dtype)[modality])
         return projected
 
     def forward(
         self,
         embeddings: Mapping[str, Tensor],
         *,
-        ids: Tensor | None = None,
+        ids: Tensor | Sequence[int] | None = None,
         present: Mapping[str, Tensor] | None = None,
         lengths: Mapping[str, Tensor] | None = None,
         step: int = 0,
@@ -206,8 +211,8 @@ class DiffGAP(nn.Module, SavedModel, library_name="diffgap", license="apache-2.0
         losses are of this process's own rows.
 
         Args:
-            embeddings: By modality, (B, D) or (B, T, D).
-            ids: (B,) int64; rows of equal id are mutual positives. All different by default.
+            embeddings: By modality, two or more, (B, D) or (B, T, D) floating point.
+            ids: (B,) integers; rows of equal id are mutual positives. All different by default.
             present: By modality, (B,) bool; all present by default.
             lengths: By sequence modality, (B,) int64 frames; all T by default.
             step: Training step; picks the direction of ``split="alternate"``.
@@ -216,9 +221,16 @@ class DiffGAP(nn.Module, SavedModel, library_name="diffgap", license="apache-2.0
 
         Returns:
             0-d tensors: "loss", what to minimise; "contrastive" and "diffusion", its parts (absent if not trained).
+
+        Raises:
+            ValueError: Fewer than two modalities, or an argument of another shape than above.
+            TypeError: An argument is no tensor or of another dtype.
         """
-        self.inputs.check_rows(embeddings)
+        embeddings = self.inputs.checked(embeddings, self._dtype)
         some = next(iter(embeddings.values()))
+        if len(embeddings) < 2:
+            raise ValueError(f"the losses need two modalities or more; got {', '.join(embeddings)} alone")
+        ids = None if ids is None else integers("ids", ids, some)
         if seeds is None:
             seeds = draw_seeds(len(some), some.device)
         check_seed(seeds, len(some), some.device)
@@ -290,9 +302,15 @@ class DiffGAP(nn.Module, SavedModel, library_name="diffgap", license="apache-2.0
             (B, K, width), or (B, K, frames, width): unit vectors of the contrastive space; zeros beyond a row's frames.
 
         Raises:
-            ValueError: An unknown modality, no source, or an option out of range.
+            ValueError: An unknown modality, no source, an option out of range, or a bridge that is not float32.
+            TypeError: A source is no floating-point tensor.
         """
         self.inputs.check_sources(target, sources)
+        if self._dtype != torch.float32:
+            raise ValueError(
+                f"the bridge is {self._dtype}, and sampling computes in float32; call bridge.float(), "
+                "and torch.autocast around sample() for lower precision"
+            )
         if num_samples < 1:
             raise ValueError(f"num_samples is {num_samples}; use 1 or more")
         some = next(iter(sources.values()))

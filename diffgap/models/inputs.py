@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,9 +52,12 @@ class Inputs:
             raise ValueError(f"modality {modality!r} is unknown to this bridge; it has {names}")
 
     def check(self, modality: str, x: Tensor) -> None:
-        """Raise ValueError unless ``x`` has the shape of the modality's embeddings."""
+        """Raise ValueError unless ``x`` has the shape of the modality's embeddings, TypeError for another type."""
         self.known(modality)
         dim = self.dims[modality]
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            got = x.dtype if isinstance(x, Tensor) else type(x).__name__
+            raise TypeError(f"{modality} is of type {got}; pass a floating-point tensor")
         expected = "(B, T, D)" if modality in self.sequences else "(B, D)"
         if x.dim() != len(expected.split(",")) or x.shape[-1] != dim:
             raise ValueError(f"{modality} has shape {tuple(x.shape)}; this bridge takes {expected} with D = {dim}")
@@ -65,6 +69,11 @@ class Inputs:
         if len({len(x) for x in embeddings.values()}) != 1:
             shapes = ", ".join(f"{name} {tuple(x.shape)}" for name, x in embeddings.items())
             raise ValueError(f"embeddings must have equally many rows of each modality; got {shapes or 'nothing'}")
+
+    def checked(self, embeddings: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+        """The embeddings after :meth:`check_rows`, in ``dtype``, the bridge's own."""
+        self.check_rows(embeddings)
+        return {name: x.to(dtype) for name, x in embeddings.items()}
 
     def check_sources(self, target: str, sources: Mapping[str, Tensor]) -> None:
         """Raise ValueError unless ``target`` can be sampled from ``sources``."""
@@ -79,43 +88,42 @@ class Inputs:
     def masks(
         self,
         embeddings: Mapping[str, Tensor],
-        present: Mapping[str, Tensor] | None,
-        lengths: Mapping[str, Tensor] | None,
+        present: Mapping[str, Tensor | Sequence[bool]] | None,
+        lengths: Mapping[str, Tensor | Sequence[int]] | None,
     ) -> dict[str, Tensor]:
         """By modality (B,) or (B, T) bool, the vectors or frames that are there; only where something may be missing.
 
         Raises:
             ValueError: ``present`` or ``lengths`` names what is not given, or has another shape or dtype.
+            TypeError: their values are not numbers.
         """
         found: dict[str, Tensor] = {}
         for name, frames in (lengths or {}).items():
             x = _named("lengths", name, embeddings)
             if name not in self.sequences:
                 raise ValueError(f"lengths names {name!r}, which is no sequence; leave it out")
-            _check_each("lengths", name, frames, x)
-            if frames.is_floating_point() or frames.dtype == torch.bool:
-                raise ValueError(f"lengths of {name} is {frames.dtype}; pass integers")
-            found[name] = frame_mask(frames.to(x.device), x.shape[1])
+            found[name] = frame_mask(integers(f"lengths of {name}", frames, x), x.shape[1])
         for name, here in (present or {}).items():
             x = _named("present", name, embeddings)
-            _check_each("present", name, here, x)
+            here = _each(f"present of {name}", here, x)
             if here.dtype != torch.bool:
                 raise ValueError(f"present of {name} is {here.dtype}; pass bool")
-            here = here.to(x.device)
             if name in self.sequences:
                 here = here[:, None].expand(x.shape[:2])
             found[name] = found[name] & here if name in found else here
         return found
 
     def lengths_by_name(
-        self, lengths: Tensor | Mapping[str, Tensor] | None, sources: Mapping[str, Tensor]
-    ) -> Mapping[str, Tensor]:
-        """``lengths`` by modality; a tensor is that of the only sequence among the sources.
+        self,
+        lengths: Tensor | Sequence[int] | Mapping[str, Tensor | Sequence[int]] | None,
+        sources: Mapping[str, Tensor],
+    ) -> Mapping[str, Tensor | Sequence[int]]:
+        """``lengths`` by modality; those without one are of the only sequence among the sources.
 
         Raises:
-            ValueError: A tensor, and not one sequence.
+            ValueError: No modality is named, and there is not one sequence.
         """
-        if lengths is None or not isinstance(lengths, Tensor):
+        if lengths is None or isinstance(lengths, Mapping):
             return lengths or {}
         sequences = [name for name in sources if name in self.sequences]
         if len(sequences) != 1:
@@ -128,9 +136,9 @@ class Inputs:
     def target_frames(
         self,
         target: str,
-        frames: int | Tensor | None,
+        frames: int | Tensor | Sequence[int] | None,
         sources: Mapping[str, Tensor],
-        lengths: Mapping[str, Tensor],
+        lengths: Mapping[str, Tensor | Sequence[int]],
     ) -> tuple[int | None, Tensor | None]:
         """How many frames T to sample, ``None`` for a vector, and which of them (B, T) bool, ``None`` for all.
 
@@ -149,16 +157,17 @@ class Inputs:
                     f"give the number of frames to sample, as {target!r} is a sequence"
                 )
             (source,) = given
-            count = sources[source].shape[1]
-            return count, frame_mask(lengths[source].to(sources[source].device), count) if source in lengths else None
+            x = sources[source]
+            if source not in lengths:
+                return x.shape[1], None
+            return x.shape[1], frame_mask(integers(f"lengths of {source}", lengths[source], x), x.shape[1])
         if isinstance(frames, int):
             if frames < 1:
                 raise ValueError(f"frames is {frames}; use 1 or more")
             return frames, None
-        some = next(iter(sources.values()))
-        _check_each("frames", target, frames, some)
-        count = int(frames.max()) if len(frames) else 1
-        return count, frame_mask(frames.to(some.device), count)
+        each = integers(f"frames of {target}", frames, next(iter(sources.values())))
+        count = int(each.max()) if len(each) else 1
+        return count, frame_mask(each, count)
 
 
 def _named(argument: str, name: str, embeddings: Mapping[str, Tensor]) -> Tensor:
@@ -167,9 +176,29 @@ def _named(argument: str, name: str, embeddings: Mapping[str, Tensor]) -> Tensor
     return embeddings[name]
 
 
-def _check_each(argument: str, name: str, values: Tensor, x: Tensor) -> None:
+def _each(argument: str, values: Tensor | Sequence[Any], x: Tensor) -> Tensor:
+    """``values``, a tensor, array or list with one number for each row of ``x``, as a tensor on its device."""
+    if not isinstance(values, Tensor):
+        try:
+            values = torch.as_tensor(values)
+        except (TypeError, ValueError, RuntimeError):
+            raise TypeError(f"{argument} is no list of numbers; pass a tensor ({len(x)},), one a row") from None
     if values.shape != (len(x),):
-        raise ValueError(f"{argument} of {name} has shape {tuple(values.shape)}; pass ({len(x)},), one a row")
+        raise ValueError(f"{argument} has shape {tuple(values.shape)}; pass ({len(x)},), one a row")
+    return values.to(x.device)
+
+
+def integers(argument: str, values: Tensor | Sequence[int], x: Tensor) -> Tensor:
+    """``values`` as int64 (B,) on the device of ``x`` (B, ...).
+
+    Raises:
+        ValueError: they are of another shape, or no integers.
+        TypeError: they are not numbers.
+    """
+    values = _each(argument, values, x)
+    if values.is_floating_point() or values.is_complex() or values.dtype == torch.bool:
+        raise ValueError(f"{argument} is {values.dtype}; pass integers")
+    return values.to(torch.int64)
 
 
 def frame_mask(lengths: Tensor, frames: int) -> Tensor:

@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -322,6 +323,10 @@ def test_folder_without_configuration(tmp_path: Path) -> None:
         (lambda b: b.sample("audio", text=torch.zeros(1, 10), solver="rk9"), "solver 'rk9' does not exist"),
         (lambda b: b.sample("audio", text=torch.zeros(1, 10), cuda_graph=True), "cuda_graph: z is on cpu"),
         (lambda b: b.score(text=torch.zeros(1, 10)), "score takes two modalities"),
+        (lambda b: b.half().sample("audio", text=torch.zeros(1, 10)), r"is torch.float16, .* call bridge.float\(\)"),
+        (lambda b: b({"text": torch.zeros(3, 10)}), "the losses need two modalities or more; got text alone"),
+        (lambda b: b(batch(), ids=torch.zeros(6)), "ids is torch.float32; pass integers"),
+        (lambda b: b(batch(), ids=[0, 1]), r"ids has shape \(2,\); pass \(6,\), one a row"),
         (lambda b: b.fit({"text": torch.zeros(3, 10)}), "fit needs audio, image, text; got text"),
         (lambda b: DiffGAP({"text": 3}), "modalities has 1 entries"),
         (lambda b: DiffGAP({"text": 3, "a/b": 3}), "modality name 'a/b' is no identifier"),
@@ -336,6 +341,54 @@ def test_folder_without_configuration(tmp_path: Path) -> None:
 def test_bad_input_is_one_clear_error(call: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call(make())
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda b: b.sample("audio", text=[[0.0] * 10]), "text is of type list; pass a floating-point tensor"),
+        (lambda b: b.project("text", torch.zeros(1, 10).long()), "text is of type torch.int64; pass a floating-point"),
+        (lambda b: b.fit(dict.fromkeys(b.modalities, "x")), "of type str; pass a floating-point tensor"),
+        (lambda b: b(batch(), ids=list("abcdef")), r"ids is no list of numbers; pass a tensor \(6,\)"),
+    ],
+)
+def test_input_of_another_type_is_one_clear_error(call: Any, message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        call(make())
+
+
+def test_float64_and_half_embeddings_are_taken() -> None:
+    """They are converted to the bridge's own dtype."""
+    bridge, x = make().eval(), batch()
+    for dtype in (torch.float64, torch.bfloat16):
+        given = {name: each.to(dtype) for name, each in x.items()}
+        same = {name: each.float() for name, each in given.items()}
+        for call in (
+            lambda e: bridge(e, seeds=torch.arange(6))["loss"],
+            lambda e: bridge.score(text=e["text"], audio=e["audio"]),
+            lambda e: bridge.fit(e) or bridge.project("image", e["image"]),
+        ):
+            assert torch.equal(call(given), call(same))
+    assert bridge.double()(x, seeds=torch.arange(6))["loss"].dtype == torch.float64
+    assert bridge.half()(x, seeds=torch.arange(6))["loss"].isfinite()
+
+
+@pytest.mark.parametrize("as_given", [list, np.array, lambda x: torch.tensor(x, dtype=torch.int32)])
+def test_ids_lengths_and_present_may_be_lists_and_other_integers(as_given: Any) -> None:
+    bridge, x = make(sequences=("image",)), batch()
+    x["image"] = x["image"][:, None].expand(-1, 4, -1)
+    ids, lengths, here = [0, 0, 1, 2, 3, 4], [1, 2, 3, 4, 4, 1], [True, True, False, True, True, True]
+
+    def loss(convert: Any, present: Any) -> Tensor:
+        options = {"present": {"audio": present}, "lengths": {"image": convert(lengths)}}
+        return bridge(x, ids=convert(ids), seeds=torch.arange(6), **options)["loss"]
+
+    assert torch.equal(loss(as_given, here), loss(torch.tensor, torch.tensor(here)))
+    options = {"image": x["image"]}
+    found = bridge.sample("text", lengths=as_given(lengths), **options)
+    assert torch.equal(found, bridge.sample("text", lengths=torch.tensor(lengths), **options))
+    found = bridge.sample("image", frames=as_given(lengths), text=x["text"])
+    assert torch.equal(found, bridge.sample("image", frames=torch.tensor(lengths), text=x["text"]))
 
 
 def test_head_dropout_is_for_the_contrastive_loss_alone() -> None:
