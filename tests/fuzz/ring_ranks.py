@@ -6,7 +6,8 @@ import datetime
 import multiprocessing
 import os
 import pickle
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import TracebackType
@@ -16,22 +17,36 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from diffgap.losses import ClipLoss, SigLipLoss
 from diffgap.ring_loss import ring_clip_loss, ring_siglip_loss
 
 RANKS = 4
 
+LOSSES = {"clip": ring_clip_loss, "siglip": ring_siglip_loss}
+#: Of all ranks alone.
+MODULES = {"ClipLoss": ClipLoss, "SigLipLoss": SigLipLoss}
+
 
 def call(
-    loss: str, inputs: Sequence[Tensor], ids: tuple[Tensor, Tensor] | None, upstream: float, **options: Any
+    loss: str,
+    inputs: Sequence[Tensor],
+    upstream: float,
+    group: dist.ProcessGroup | None,
+    ids: tuple[Tensor, Tensor] | None = None,
+    **options: Any,
 ) -> list[Tensor]:
     """This rank's loss, the gradients of ``upstream`` times it, and the loss where no gradient is wanted."""
-    function = ring_clip_loss if loss == "clip" else ring_siglip_loss
-    ids_a, ids_b = ids or (None, None)
+    function: Callable[..., Tensor]
+    if loss in MODULES:
+        function = MODULES[loss](rank=dist.get_rank(), world_size=dist.get_world_size(), **options)
+    else:
+        ids_a, ids_b = ids or (None, None)
+        function = partial(LOSSES[loss], ids_a=ids_a, ids_b=ids_b, group=group, **options)
     leaves = [x.detach().requires_grad_() for x in inputs]
-    value = function(*leaves, ids_a=ids_a, ids_b=ids_b, **options)
+    value = function(*leaves)
     grads = torch.autograd.grad(value * upstream, leaves)
     with torch.no_grad():
-        plain = function(*inputs, ids_a=ids_a, ids_b=ids_b, **options)
+        plain = function(*inputs)
     return [value.detach(), *grads, plain]
 
 

@@ -97,15 +97,19 @@ def _tuple(outputs: Any) -> tuple[Tensor, ...]:
     return tuple(outputs) if isinstance(outputs, tuple) else (outputs,)
 
 
+def upstream(*shapes: Sequence[int]) -> list[Tensor]:
+    """The gradients of outputs of these shapes: the same numbers in every dtype."""
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randint(-128, 129, tuple(shape), generator=generator) / 64 for shape in shapes]
+
+
 def _results(op: Op, tensors: Mapping[str, Any], options: Mapping[str, Any], learned: Sequence[str]) -> list[Tensor]:
     """Outputs, and the gradients of the ``learned`` inputs for fixed random gradients of the outputs."""
     leaves = {name: x.detach().requires_grad_() if name in learned else x for name, x in tensors.items()}
     outputs = _tuple(op(**leaves, **options))
     if not learned:
         return list(outputs)
-    generator = torch.Generator().manual_seed(0)
-    # The same numbers in every dtype.
-    cotangents = [(torch.randint(-128, 129, y.shape, generator=generator) / 64).to(y.dtype) for y in outputs]
+    cotangents = [grad.to(y.dtype) for y, grad in zip(outputs, upstream(*(y.shape for y in outputs)), strict=True)]
     differentiable = [(y, g) for y, g in zip(outputs, cotangents, strict=True) if y.requires_grad]
     wanted = [leaves[name] for name in learned]
     ys, gs = zip(*differentiable, strict=True)
@@ -120,27 +124,31 @@ def compare(
     *,
     backward: bool = True,
     terms: Mapping[str, float] | None = None,
+    reference: Op | None = None,
+    same_kind: bool = True,
 ) -> None:
     """Assert the accuracy contract of outputs and gradients, and that the inputs are left as they were.
 
-    The oracle is the eager reference in float64. ``terms`` has those of :func:`assert_equal_enough` for the gradient of
-    an input by its name, and for outputs by ``"output"``.
+    The oracle is the eager reference in float64; ``reference`` is another way to it, by default ``op`` itself.
+    ``terms`` has those of :func:`assert_equal_enough` for the gradient of an input by its name, and for outputs by
+    ``"output"``; ``same_kind`` is passed on to it.
     """
     options, terms = options or {}, terms or {}
     learned = [name for name, x in tensors.items() if backward and isinstance(x, Tensor) and x.is_floating_point()]
     before = {name: x.clone() for name, x in tensors.items() if isinstance(x, Tensor)}
     actual = _results(op, tensors, options, learned)
+    reference = reference or op
     with backend("eager"):
-        eager = _results(op, tensors, options, learned)
+        eager = _results(reference, tensors, options, learned)
         oracle, *others = (
-            _results(op, {name: change(x) for name, x in tensors.items()}, options, learned)
+            _results(reference, {name: change(x) for name, x in tensors.items()}, options, learned)
             for change in (widened, *FLOAT32_CHANGES)
         )
     for name, x in before.items():
         assert torch.equal(x.nan_to_num(), tensors[name].nan_to_num()), f"{name} was changed"
     names = ["output"] * (len(actual) - len(learned)) + learned
     for name, mine, plain, exact, *float32 in zip(names, actual, eager, oracle, *others, strict=True):
-        assert_equal_enough(mine, plain, exact, float32, terms.get(name, 0.0))
+        assert_equal_enough(mine, plain, exact, float32, terms.get(name, 0.0), same_kind=same_kind)
 
 
 def widened(x: Any, dtype: torch.dtype = torch.float64) -> Any:
@@ -173,12 +181,13 @@ NOTHING = {torch.float32: 1e-30, torch.bfloat16: 1e-30, torch.float16: 2.0**-25}
 
 
 def assert_equal_enough(
-    mine: Tensor, plain: Tensor, exact: Tensor, float32: Sequence[Tensor], terms: float = 0.0
+    mine: Tensor, plain: Tensor, exact: Tensor, float32: Sequence[Tensor], terms: float = 0.0, *, same_kind: bool = True
 ) -> None:
     """Assert the accuracy contract of a random case.
 
     What is not finite must be the same in ``plain``, the reference in the inputs' own dtype, which overflows where
-    float64 (``exact``) does not. Random cases may be so ill-conditioned that float32 cannot keep the contract. Then the
+    float64 (``exact``) does not; without ``same_kind``, not finite either: whether a sum with infinite terms is NaN
+    depends on their order. Random cases may be so ill-conditioned that float32 cannot keep the contract. Then the
     result may be four times as far from ``exact`` as the farthest of ``float32``, the references of
     :data:`FLOAT32_CHANGES`, in half precision after one rounding of its own. Of a sum of terms of a norm up to
     ``terms``, which cancel to a hundredth or less, those say little, because what they change need not reach it: the
@@ -189,7 +198,9 @@ def assert_equal_enough(
         assert torch.equal(mine, plain)
         return
     finite = plain.isfinite() & exact.isfinite()
-    torch.testing.assert_close(mine[~finite], plain[~finite], equal_nan=True)
+    if same_kind:
+        torch.testing.assert_close(mine[~finite], plain[~finite], equal_nan=True)
+    assert not mine[~finite].isfinite().any()
     mine, plain, exact = mine[finite], plain[finite], exact[finite]
     allowed = 4 * max(distance(x[finite], exact) for x in float32) + NOTHING[mine.dtype] * mine.numel()
     if mine.dtype != torch.float32:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from hypothesis import strategies as st
+from torch.nn import functional as F
 
 from diffgap import ops
 from diffgap.losses import ClipLoss, SigLipLoss
@@ -38,27 +39,6 @@ def test_adaln(data: Any, dtype: torch.dtype, shape: tuple[int, int, int]) -> No
     else:
         given |= {"branch": None, "gate": None}
     compare(ops.adaln, given)
-
-
-@fuzzed(60, data=DATA, dtype=DTYPES, batch=st.integers(0, 4), queries=SIZES, keys=SIZES, heads=st.integers(0, 3))
-def test_attention(data: Any, dtype: torch.dtype, batch: int, queries: int, keys: int, heads: int) -> None:
-    width = data.draw(st.sampled_from((1, 3, 8, 16, 24, 32, 64, 65)))
-    given = {"q": data.draw(tensors((batch, queries, heads, width), dtype, 1.0))}
-    given |= {name: data.draw(tensors((batch, keys, heads, width), dtype, 1.0)) for name in ("k", "v")}
-    for name in ("q_weight", "k_weight"):
-        given[name] = data.draw(st.one_of(st.none(), tensors((width,), dtype, 1.0)))
-    options: dict[str, Any] = {
-        "causal": data.draw(st.booleans()),
-        "scale": data.draw(st.sampled_from((None, 0.0, -1.0))),
-    }
-    if data.draw(st.booleans()):
-        generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**32)))
-        options["key_mask"] = torch.rand(batch, keys, generator=generator) < data.draw(st.sampled_from((0.0, 0.5, 1.0)))
-        hidden = ~options["key_mask"][:, :, None, None]
-        given |= {name: given[name].masked_fill(hidden, torch.nan) for name in ("k", "v")}
-    # A single number is its own norm: the gradient of x / |x| is nothing but rounding.
-    normed = given["q_weight"] is not None or given["k_weight"] is not None
-    compare(ops.attention, given, options, backward=width > 1 or not normed)
 
 
 LOSS = {
@@ -135,6 +115,19 @@ def test_linear(data: Any, rows: int, inner: int, outer: int, large: bool, bias:
         compare(ops.swiglu, given, backward=False)
 
 
+@fuzzed(30, data=DATA, dtype=st.sampled_from((torch.float16, torch.bfloat16)), rows=SIZES, inner=WIDTHS, outer=WIDTHS)
+def test_linear_in_half_precision_is_torch(data: Any, dtype: torch.dtype, rows: int, inner: int, outer: int) -> None:
+    x, weight = (data.draw(tensors((n, inner), dtype, 1.0)) for n in (rows, 2 * outer))
+    leaves = [y.detach().requires_grad_() for y in (x, weight, data.draw(tensors((2 * outer,), dtype, 1.0)))]
+    for mine, theirs in (
+        (ops.linear(*leaves), F.linear(*leaves)),
+        (ops.swiglu(*leaves), ops.silu_mul(F.linear(*leaves))),
+    ):
+        assert torch.equal(mine, theirs)
+        for one, other in zip(*(torch.autograd.grad(y.sum(), leaves) for y in (mine, theirs)), strict=True):
+            assert torch.equal(one, other)
+
+
 @fuzzed(60, data=DATA, dtype=DTYPES, shape=st.lists(SIZES, max_size=2), hidden=SIZES, magnitude=MAGNITUDES)
 def test_silu_mul(data: Any, dtype: torch.dtype, shape: list[int], hidden: int, magnitude: float) -> None:
     compare(ops.silu_mul, {"pair": data.draw(tensors((*shape, 2 * hidden), dtype, magnitude))})
@@ -149,6 +142,18 @@ def test_normal(data: Any, batch: int, shape: list[int], stream: int) -> None:
     with ops.backend("eager"):
         expected = ops.normal(**arguments)  # type: ignore[arg-type]
     torch.testing.assert_close(mine, expected, rtol=3e-7, atol=1e-7)
+
+
+@fuzzed(30, seed=st.integers(-(2**63), 2**64 - 1), count=SIZES, more=SIZES)
+def test_sample_seeds(seed: int, count: int, more: int) -> None:
+    """Each is its own, and the same however many there are; the generator moves on by one draw."""
+    generators = [torch.Generator().manual_seed(seed) for _ in range(3)]
+    few, many = ops.sample_seeds(count, generators[0]), ops.sample_seeds(count + more, generators[1])
+    assert few.dtype == torch.int64
+    assert torch.equal(few, many[:count])
+    assert len(many.unique()) == count + more
+    torch.empty((), dtype=torch.int64).random_(generator=generators[2])
+    assert all(torch.equal(generator.get_state(), generators[2].get_state()) for generator in generators)
 
 
 @fuzzed(60, data=DATA, dtype=DTYPES, batch=SIZES, shape=st.lists(SIZES, max_size=2), target=st.sampled_from(TARGETS))
@@ -193,6 +198,13 @@ def test_solver_step(data: Any, dtype: torch.dtype, batch: int, shape: list[int]
 
     with torch.no_grad():
         compare(step, given, options, backward=False)
+        returned = ops.solver_step(**given, **options)
+        size = torch.Size(size)
+        out = tuple(torch.full(size, torch.nan, dtype=dtype) if data.draw(st.booleans()) else None for _ in range(2))
+        kept = (torch.full(size, torch.nan, dtype=dtype), out[0], out[1] if "last_sample" in given else None)
+        assert ops.solver_step(**given, **options, out=kept) is kept
+    for mine, expected in zip(kept, returned, strict=True):
+        assert mine is None or torch.equal(mine, expected)
 
 
 @fuzzed(60, data=DATA, dtype=DTYPES, rows=SIZES, gallery=WIDTHS, width=SIZES, alike=st.booleans(), broken=st.booleans())

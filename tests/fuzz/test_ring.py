@@ -10,7 +10,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from diffgap.ops import backend
+from diffgap.ops import backend, clip_loss
 from tests.fuzz.budget import fuzzed
 from tests.fuzz.ring_ranks import RANKS, Ranks
 from tests.fuzz.tensors import (
@@ -24,6 +24,9 @@ from tests.fuzz.tensors import (
     widened,
 )
 from tests.ring_oracle import from_whole_batch
+
+#: ``local_loss`` and ``gather_with_grad``.
+CLIP_MODES = [(local, with_grad) for local in (False, True) for with_grad in (False, True)]
 
 ROWS = st.one_of(st.integers(0, 5), st.sampled_from((15, 16, 17, 33)))
 
@@ -93,10 +96,99 @@ def test_ring_losses(
     size = {x: world * y for x, y in softmax_terms(logit_scale, sum(rows_a), sum(rows_b), ids, ("a", "b")).items()}
     if loss == "siglip":
         size |= {"a": 0.0, "b": 0.0, "logit_bias": size["logit_scale"]}
+    assert_as_whole(found, [plain, exact, *float32], alike, size)
+
+
+@fuzzed(
+    40,
+    data=st.data(),
+    mode=st.sampled_from((*CLIP_MODES, "SigLipLoss")),
+    dtype=DTYPES,
+    width=st.sampled_from((2, 8, 17, 64)),
+    logit_scale=st.sampled_from((1.0, 14.3, 100.0)),
+)
+def test_losses_of_open_clips_form_in_four_ranks(
+    ranks: Ranks, data: Any, mode: str | tuple[bool, bool], dtype: torch.dtype, width: int, logit_scale: float
+) -> None:
+    ring = mode == "SigLipLoss" or mode == (True, True)
+    rows = [data.draw(ROWS) for _ in range(RANKS)] if ring else [data.draw(ROWS)] * RANKS
+    given = data.draw(contrastive(dtype, sum(rows), sum(rows), width, False))
+    inputs = [given["a"], given["b"], torch.tensor(logit_scale)]
+    if mode == "SigLipLoss":
+        inputs.append(torch.tensor(-10.0))
+        module, options = mode, {"dist_impl": data.draw(st.sampled_from(("bidir", "gather")))}
+    else:
+        module, options = "ClipLoss", {"local_loss": mode[0], "gather_with_grad": mode[1]}
+    upstream = data.draw(st.sampled_from(([1.0] * RANKS, [1.0, 0.5, -2.0, 0.0])))
+
+    def own(x: Tensor, rank: int) -> Tensor:
+        return laid_out(x.split(rows)[rank], data.draw(st.sampled_from(LAYOUTS[:-1])))
+
+    calls = [
+        {"loss": module, "inputs": [own(inputs[0], rank), own(inputs[1], rank), *inputs[2:]]} for rank in range(RANKS)
+    ]
+    found = ranks([{**call, "upstream": weight, **options} for call, weight in zip(calls, upstream, strict=True)])
+
+    def whole(changed: Sequence[Tensor], weights: list[float]) -> list[Tensor]:
+        if ring:
+            loss = "siglip" if mode == "SigLipLoss" else "clip"
+            return _flat(from_whole_batch(loss, changed, None, (rows, rows), weights))
+        return _flat(gathered_clip_loss(changed, rows[0], weights, *mode))
+
+    with backend("eager"):
+        references = [
+            whole(list(map(change, inputs)), upstream) for change in (Tensor.detach, widened, *FLOAT32_CHANGES)
+        ]
+        alike = whole(list(map(widened, inputs)), list(map(abs, upstream)))
+    terms = softmax_terms(logit_scale, sum(rows), sum(rows), None, ("a", "b"))
+    size = {name: RANKS * value for name, value in terms.items()}
+    if mode == "SigLipLoss":
+        size |= {"a": 0.0, "b": 0.0, "logit_bias": size["logit_scale"]}
+    assert_as_whole(found, references, alike, size)
+
+
+def gathered_clip_loss(
+    inputs: Sequence[Tensor], rows: int, weights: Sequence[float], local_loss: bool, gather_with_grad: bool
+) -> tuple[list[Tensor], list[Tensor]]:
+    """open_clip's ``ClipLoss`` of each rank where features are gathered, and the gradients of their weighted sum.
+
+    Without ``gather_with_grad`` the rows of other ranks are constants to a rank; with ``local_loss`` all keys are.
+    """
+    a, b, scale = (x.detach().requires_grad_() for x in inputs)
+    losses = []
+    for rank in range(len(weights)):
+        own = slice(rank * rows, (rank + 1) * rows)
+
+        def gathered(x: Tensor, own: slice = own) -> Tensor:
+            every = x if gather_with_grad else x.detach().clone()
+            if not gather_with_grad and not local_loss:
+                every[own] = x[own]
+            return every
+
+        if local_loss:
+            sides = (
+                clip_loss(x[own], gathered(y), scale, one_sided=True, label_offset=own.start)
+                for x, y in ((a, b), (b, a))
+            )
+            losses.append(sum(sides) / 2)
+        else:
+            losses.append(clip_loss(gathered(a), gathered(b), scale))
+    weighted = torch.stack([weight * loss for weight, loss in zip(weights, losses, strict=True)]).sum()
+    return [x.detach() for x in losses], list(torch.autograd.grad(weighted, (a, b, scale)))
+
+
+def assert_as_whole(
+    found: Sequence[Sequence[Tensor]], references: Sequence[list[Tensor]], alike: list[Tensor], size: dict[str, float]
+) -> None:
+    """Assert the contract of what ranks found, beside one process in the inputs' dtype, in float64, and changed.
+
+    ``alike`` has the gradients if no rank's weight were negative, ``size`` norms of what the gradients sum.
+    """
+    plain, exact, *float32 = references
     for index in (0, -1):
         mine = torch.stack([x[index] for x in found])
         assert_equal_enough(mine, plain[0], exact[0], [x[0] for x in float32], size["output"])
-    for index, name in enumerate(("a", "b", "logit_scale", "logit_bias")[: len(inputs)], 1):
+    for index, name in enumerate(("a", "b", "logit_scale", "logit_bias")[: len(exact) - 1], 1):
         parts = [answer[index] for answer in found]
         mine = torch.cat(parts) if exact[index].ndim else torch.stack(parts).sum()
         terms = max(size[name], alike[index].norm().item())
