@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import numpy as np
@@ -34,5 +35,7 @@ def write_sound(path: Path, wave: npt.NDArray[np.float32], sample_rate: int) -> 
     check_sound_file(path)
     import soundfile
 
+    encoded = io.BytesIO()  # of a full disk soundfile would say no more than "System error"
+    soundfile.write(encoded, wave, sample_rate, format=path.suffix[1:].upper())
     with atomic_file(path) as temporary:
-        soundfile.write(temporary, wave, sample_rate, format=path.suffix[1:].upper())
+        temporary.write_bytes(encoded.getbuffer())
