@@ -60,9 +60,9 @@ CHECK ?= builds
 release-check:
 	$(PYTHON) scripts/release_check.py $(CHECK)
 
-# The ops' tests on C++ kernels that are compiled with sanitizers: some kernels in two minutes, or all of them on every
-# instruction set.
-SHORT := --kernels random silu_mul similarity_topk linear_gradients --tests tests/ops/test_random.py \
+# The ops' tests on C++ kernels that are compiled with sanitizers: some kernels in two minutes, of which one sanitizer
+# has another one every day, or all of them on every instruction set.
+SHORT := --turn --kernels random silu_mul similarity_topk linear_gradients --tests tests/ops/test_random.py \
     tests/ops/test_silu_mul.py tests/ops/test_linear.py tests/ops/test_similarity.py -k "native and not compile"
 
 sanitize: install

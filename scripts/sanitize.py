@@ -4,6 +4,7 @@
     python scripts/sanitize.py thread                         data races
     python scripts/sanitize.py address --isa avx2 baseline    with other instruction sets than the widest
     python scripts/sanitize.py thread --kernels random --tests tests/ops/test_random.py
+    python scripts/sanitize.py thread --turn --kernels ...    or, on every other day of the year, one kernel of TURNS
 
 The sources are copied to a temporary folder, compiled there by their own setup.py and tested there, so that no
 instrumented library is ever where users' code would load it. Exit status 1, and the reports, if a sanitizer reports
@@ -21,6 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +43,28 @@ _REPORT = re.compile(r"runtime error:|(ERROR|WARNING): \w+Sanitizer")
 
 #: What compiles runs g++ or triton under the sanitizer, and none of the kernels in another way.
 TESTS = ("tests/ops", "-k", "native and not compile")
+
+#: Kernels whose tests take longer, and these tests: ``--turn`` takes one of them, under one of the sanitizers, in the
+#: place of what is given, so that no day takes much longer than another.
+TURNS = (
+    (("adaln",), "test_adaln.py"),
+    (("attention", "attention_backward"), "test_attention.py"),
+    (("clip_loss",), "test_clip_loss.py"),
+    (("q_sample", "random"), "test_q_sample.py"),  # of the same noise
+    (("siglip_loss",), "test_siglip_loss.py"),
+    (("similarity_ranks",), "test_similarity.py"),
+    (("solver_step",), "test_solver_step.py"),
+)
+
+
+def in_turn(sanitizer: str, turn: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Kernels and their tests whose turn it is, which after 14 have been under either sanitizer; maybe none."""
+    number, chosen = divmod(turn % (2 * len(TURNS)), 2)
+    if sorted(FLAGS)[chosen] != sanitizer:
+        return (), ()
+    kernels, tests = TURNS[number]
+    print(f"sanitize: {sanitizer}: it is the turn of {' and '.join(kernels)}, again with --turn {turn}", flush=True)
+    return kernels, (f"tests/ops/{tests}", *TESTS[1:])
 
 
 def library(name: str) -> Path:
@@ -134,17 +158,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--isa", nargs="+", choices=ISAS, default=["widest"], help="instruction sets, one after another"
     )
     parser.add_argument("--kernels", nargs="+", default=[], metavar="NAME", help="csrc/cpu/NAME.cpp alone")
+    parser.add_argument(
+        "--turn", type=int, nargs="?", const=datetime.now(tz=timezone.utc).timetuple().tm_yday, metavar="N",
+        help="a kernel of TURNS in the place of --kernels and --tests if it has its turn, by the day of the year",
+    )  # fmt: skip
     parser.add_argument("--source", type=Path, default=ROOT, help="another source folder than this one")
     parser.add_argument("--tests", nargs=argparse.REMAINDER, help="pytest's arguments, all that follow")
     given: Any = parser.parse_args(arguments)
     if shutil.which("g++") is None:
         sys.exit("sanitize: g++ is not installed (apt install g++)")
+    kernels, tests = in_turn(given.sanitizer, given.turn) if given.turn is not None else ((), ())
     with tempfile.TemporaryDirectory(prefix="diffgap-sanitize-") as folder:
         tree, start = Path(folder), time.monotonic()
-        copy_sources(given.source, tree, given.kernels)
+        copy_sources(given.source, tree, kernels or given.kernels)
         build(tree, given.sanitizer)
         print(f"sanitize: {given.sanitizer}: compiled in {time.monotonic() - start:.0f} s", flush=True)
-        well = [run_tests(tree, given.sanitizer, isa, given.tests) for isa in given.isa]
+        well = [run_tests(tree, given.sanitizer, isa, tests or given.tests) for isa in given.isa]
     sys.exit(0 if all(well) else 1)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from diffgap.ops._native import CPU_MISSING
+from scripts import sanitize as script
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -34,6 +36,18 @@ from diffgap.ops import normal
 def test_draw(count):
     normal(torch.arange(1, 65), (count,))
 """
+
+
+def test_every_kernel_has_its_turn_or_is_tested_every_time(capsys: pytest.CaptureFixture[str]) -> None:
+    """Under both sanitizers, within fourteen days, and with tests of its own."""
+    (always,) = re.findall(r"^SHORT := --turn --kernels (.*?) --tests", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    kernels = {file.stem for file in (ROOT / "csrc" / "cpu").glob("*.cpp")}
+    for sanitizer in script.FLAGS:
+        turns = [script.in_turn(sanitizer, turn) for turn in range(100, 114)]
+        assert {name for names, _ in turns for name in names} | set(always.split()) == kernels
+        assert sum(bool(names) for names, _ in turns) == len(turns) // 2
+        assert all((ROOT / tests[0]).is_file() for names, tests in turns if names)
+    assert "sanitize: address: it is the turn of clip_loss, again with --turn 102" in capsys.readouterr().out
 
 
 def sanitize(folder: Path, sanitizer: str, *counts: int) -> subprocess.CompletedProcess[str]:
