@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
-from typing import Any
+from functools import partial
+from itertools import product as pairs
+from typing import Any, Literal
 
 import torch
 import triton
@@ -38,6 +40,13 @@ TARGETS = {
 
 
 PASSES: tuple[Pass, ...] = ("forward", "backward")
+
+#: tf32 is float32 where torch multiplies it so.
+Dtype = Literal["bf16", "fp16", "fp32", "tf32"]
+PRODUCTS: dict[Dtype, Product] = {"bf16": "half", "fp16": "half", "fp32": "ieee", "tf32": "tf32"}
+TORCH: dict[Dtype, torch.dtype] = {
+    "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "tf32": torch.float32
+}  # fmt: skip
 
 #: Number of the first device that is not there: Triton keeps kernels by device, and those that are have the first ones.
 _ABSENT = 1000
@@ -89,11 +98,6 @@ def compile_launches(target: str, launch: Callable[[], object]) -> dict[str, Any
     return compiled
 
 
-def dtype_of(product: Product) -> torch.dtype:
-    """A dtype that is multiplied so."""
-    return torch.bfloat16 if product == "half" else torch.float32
-
-
 @contextmanager
 def multiplied_as(product: Product) -> Iterator[None]:
     """Inside, torch's setting is that by which kernels multiply float32 so."""
@@ -113,40 +117,39 @@ Launches = dict[str, Callable[[], Any]]
 def contrastive_launches(
     tile: Tile, dtype: torch.dtype, width: int, rows: int = 1024, make: Make = torch.zeros
 ) -> Launches:
-    """The launch functions of the contrastive ops on ``rows`` embeddings a side, by ``op/variant``."""
-    a, scale, none = make(rows, width, dtype=dtype), make(()), make(0, 0)
-    vector, lse, ids = make(rows), make(rows, 2), torch.arange(rows, device=a.device)
-    factors, no_columns = (lse, lse, vector, vector, vector, vector), (lse, lse[:0], vector, vector[:0])
-    weights = (vector, vector)
-    one_sided = (*no_columns, vector, vector[:0])
-    return {
-        "clip_loss/diagonal": lambda: clip_loss.forward(
-            a, a, scale, None, None, None, None, False, 0, None, False, tile
-        ),
-        "clip_loss/ids": lambda: clip_loss.forward(a, a, scale, ids, ids, *weights, False, None, None, True, tile),
-        "clip_loss/one_sided": lambda: clip_loss.forward(
-            a, a, scale, None, None, None, None, True, 0, None, False, tile
-        ),
-        "clip_loss_backward/diagonal": lambda: clip_loss.backward(
-            a, a, scale, None, None, *factors, none, 0, None, tile
-        ),
-        "clip_loss_backward/ids": lambda: clip_loss.backward(a, a, scale, ids, ids, *factors, none, None, None, tile),
-        "clip_loss_backward/logits": lambda: clip_loss.backward(
-            a, a, scale, None, None, *factors, make(rows, rows), 0, None, tile
-        ),
-        "clip_loss_backward/one_sided": lambda: clip_loss.backward(
-            a, a, scale, None, None, *one_sided, none, 0, None, tile
-        ),
-        "siglip_loss/diagonal": lambda: siglip_loss.forward(a, a, scale, scale, None, None, 0, None, tile),
-        "siglip_loss_backward/diagonal": lambda: siglip_loss.backward(
-            vector, a, a, scale, scale, None, None, 0, None, tile
-        ),
-        "siglip_loss_backward/ids": lambda: siglip_loss.backward(
-            vector, a, a, scale, scale, ids, ids, None, None, tile
-        ),
-        "similarity_ranks/ids": lambda: similarity.ranks(a, a, ids, ids, tile),
-        "similarity_topk/k=10": lambda: similarity.topk(a, a, 10, tile),
-    }
+    """The launch functions of the contrastive ops on ``rows`` embeddings a side, by ``op/variant``.
+
+    A variant names the positives: none (a tile of another rank), those of the diagonal, or by ids. Of ``clip_loss`` it
+    also says whether only the rows have a loss (``one_sided``), and whether the logits are kept (``logits``).
+    """
+    a, scale = make(rows, width, dtype=dtype), make(())
+    vector, lse, numbers = make(rows), make(rows, 2), torch.arange(rows, device=a.device)
+    launches: Launches = {}
+
+    def add(name: str, ids: Tensor | None, offset: int | None, one_sided: bool, kept: bool) -> None:
+        weights = (None, None) if ids is None else (vector, vector)
+        columns = 0 if one_sided else rows
+        factors = (lse, lse[:columns], vector, vector[:columns], vector, vector[:columns])
+        variant = "_".join([name, *["one_sided"] * one_sided, *["logits"] * kept])
+        launches[f"clip_loss/{variant}"] = lambda: clip_loss.forward(
+            a, a, scale, ids, ids, *weights, one_sided, offset, None, kept, tile
+        )
+        # Logits are made in the launch, so that memory of all pairs is held only while it runs.
+        launches[f"clip_loss_backward/{variant}"] = lambda: clip_loss.backward(
+            a, a, scale, ids, ids, *factors, make(*((rows, rows) if kept else (0, 0))), offset, None, tile
+        )
+
+    positives: dict[str, tuple[Tensor | None, int | None]]
+    positives = {"none": (None, None), "diagonal": (None, 0), "ids": (numbers, None)}
+    for name, (ids, offset) in positives.items():
+        for one_sided, kept in pairs((False, True), repeat=2) if name != "none" else [(False, False)]:
+            add(name, ids, offset, one_sided, kept)
+        siglip = (a, a, scale, scale, ids, ids, offset, None, tile)
+        launches[f"siglip_loss/{name}"] = partial(siglip_loss.forward, *siglip)
+        launches[f"siglip_loss_backward/{name}"] = partial(siglip_loss.backward, vector, *siglip)
+    launches["similarity_ranks/ids"] = lambda: similarity.ranks(a, a, numbers, numbers, tile)
+    launches["similarity_topk/k=10"] = lambda: similarity.topk(a, a, 10, tile)
+    return launches
 
 
 def adaln_launches(config: Rows, dtype: torch.dtype, width: int, make: Make = torch.zeros) -> Launches:
@@ -195,31 +198,42 @@ def _kernels(target: str, launches: Launches, infix: str = "") -> dict[str, Any]
     }
 
 
-def contrastive_kernels(target: str, product: Product, width: int = 512, tile: Tile | None = None) -> dict[str, Any]:
+def contrastive_kernels(
+    target: str,
+    dtype: Dtype,
+    rows: int = 1024,
+    width: int = 512,
+    *,
+    launches: Collection[str] = (),
+    tile: Tile | None = None,
+) -> dict[str, Any]:
     """The kernels of the contrastive ops with the configuration they ship with for a chip, or another, compiled, by
-    ``op/variant/kernel``."""
+    ``op/variant/kernel``; of all launch functions, or those named."""
+    product = PRODUCTS[dtype]
     with multiplied_as(product):
-        tile = tile or CONFIGS[target].contrastive[product]
-        return _kernels(target, contrastive_launches(tile, dtype_of(product), width))
+        every = contrastive_launches(tile or CONFIGS[target].contrastive[product], TORCH[dtype], width, rows)
+        return _kernels(target, {name: every[name] for name in launches or every})
 
 
-def adaln_kernels(target: str, dtype: torch.dtype, width: int, config: Rows | None = None) -> dict[str, Any]:
+def adaln_kernels(target: str, dtype: Dtype, width: int, config: Rows | None = None) -> dict[str, Any]:
     """The kernels of ``adaln`` as they ship for rows of a width, or otherwise, compiled, by ``op/variant/kernel``."""
-    return _kernels(target, adaln_launches(config or adaln_config(target, width), dtype, width))
+    return _kernels(target, adaln_launches(config or adaln_config(target, width), TORCH[dtype], width))
 
 
 def attention_kernels(
     target: str,
-    product: Product,
+    dtype: Dtype,
     n_q: int,
     n_k: int,
     d: int,
+    *,
     plain: bool = False,
     config: Attention | None = None,
 ) -> dict[str, Any]:
     """The kernels of attention for one size with the configurations they ship with for a chip, or another, compiled,
     by ``op/variant/kernel``."""
+    product = PRODUCTS[dtype]
     forward, backward = (config or attention_config(target, product, n_q, n_k, d, x) for x in PASSES)
     with multiplied_as(product):
-        launches = attention_launches(forward, backward, dtype_of(product), (n_q, n_k, d), plain=plain)
+        launches = attention_launches(forward, backward, TORCH[dtype], (n_q, n_k, d), plain=plain)
         return _kernels(target, launches, "/plain" if plain else "/all")

@@ -21,28 +21,25 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
-import torch
-from diffgap.kernels.configs import CONFIGS, Product, is_amd
+from diffgap.kernels.configs import CONFIGS, is_amd
 
-from benchmarks.aot import TARGETS, adaln_kernels, attention_kernels, contrastive_kernels
+from benchmarks.aot import PRODUCTS, TARGETS, Dtype, adaln_kernels, attention_kernels, contrastive_kernels
 from benchmarks.sass import LoopCounts, amd_counts, counts_by_depth, resources, sass
 
-Dtype = Literal["bf16", "fp16", "fp32", "tf32"]
 Size = Literal["ci", "full"]
-PRODUCTS: dict[Dtype, Product] = {"bf16": "half", "fp32": "ieee", "tf32": "tf32"}
-_TORCH: dict[Dtype, torch.dtype] = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 class Case(NamedTuple):
-    """Kernels that are compiled together."""
+    """Kernels that are compiled together: of all launch functions of the family, or those named."""
 
     family: str
     chip: str
     dtype: Dtype
     size: tuple[int, ...]
+    launches: tuple[str, ...] = ()
 
     @property
     def label(self) -> str:
@@ -55,58 +52,66 @@ class Family:
 
     Attributes:
         sizes_are: What the numbers of a size are.
-        sizes: By dtype, one for every row of the tables of configurations. float16 has the kernels of bfloat16; tf32 is
-            float32 where torch multiplies it so.
+        sizes: By dtype, at least one for every row of the tables of configurations.
         ci: Of these, one for every row that has other values: what CI compiles.
         compile: The kernels of a case, by ``op/variant/kernel``.
+        launches: The launch functions of some sizes, in full and in CI; of the others all.
     """
 
     sizes_are: str
     sizes: Mapping[Dtype, tuple[tuple[int, ...], ...]]
     ci: Mapping[Dtype, tuple[tuple[int, ...], ...]]
     compile: Callable[[Case], dict[str, Any]]
+    launches: Mapping[tuple[Size, tuple[int, ...]], tuple[str, ...]] = field(default_factory=dict)
 
 
-def _attention(case: Case) -> dict[str, Any]:
-    n_q, n_k, d = case.size
-    return attention_kernels(case.chip, PRODUCTS[case.dtype], n_q, n_k, d)
-
-
-#: Queries and keys: every tile of the short path, some of several pairs, and a length of the long one.
-_TOKENS = (
-    *((4, 4), (4, 8), (8, 8), (16, 16), (16, 32), (16, 64), (32, 16), (32, 32), (32, 64), (64, 16), (64, 32), (64, 64)),
-    (256, 256),
-)
-# Columns beyond 80 are masked.
-_ATTENTION = tuple((n_q, n_k, d) for n_q, n_k in _TOKENS for d in (64, 80, 128) if d != 80 or n_q == n_k >= 16)
+#: Queries and keys of different tiles of the short path, some of several pairs.
+_TOKENS = ((4, 8), (16, 32), (16, 64), (32, 16), (32, 64), (64, 16), (64, 32))
+# Columns beyond 40 and 80 are masked. A d that 8 does not divide is filled up.
+_SQUARE = tuple((n, n, d) for n in (4, 8, 16, 32, 64, 256) for d in (16, 32, 40, 64, 80, 128))
+_ATTENTION = _SQUARE + tuple((*tokens, d) for tokens in _TOKENS for d in (64, 128))
 _CI_ATTENTION: dict[Dtype, tuple[tuple[int, int], ...]] = {
     "bf16": (
         *((n, 64) for n in (4, 8, 16, 32, 64, 256)),
         *((32, 80), (64, 80)),
         *((n, 128) for n in (16, 32, 64, 256)),
     ),
-    "fp32": ((4, 64), (16, 64), (32, 64), (64, 128), (256, 64), (256, 128)),
-    "tf32": ((16, 64), (32, 64), (64, 128), (256, 64), (256, 128)),
+    "fp32": ((4, 64), (16, 64), (16, 128), (32, 64), (32, 128), (64, 128), (256, 64), (256, 128)),
+    "tf32": ((16, 64), (16, 128), (32, 64), (32, 128), (64, 128), (256, 64), (256, 128)),
 }
+_ADALN: tuple[Dtype, ...] = ("bf16", "fp16", "fp32")
+# Kernels depend on the numbers of rows only by the logits that are kept: 16 bytes at a time where rows are aligned.
+_EVEN, _ODD = (1024, 512), (1001, 512)
+_LOGITS = tuple(
+    f"{op}/{positives}_logits"
+    for positives in ("diagonal", "ids", "diagonal_one_sided", "ids_one_sided")
+    for op in ("clip_loss", "clip_loss_backward")
+)
+# Every loop, with the positives that take the most registers.
+_CI_CONTRASTIVE = (
+    *("clip_loss/diagonal", "clip_loss/ids", "clip_loss_backward/diagonal", "clip_loss_backward/ids"),
+    *("siglip_loss/ids", "siglip_loss_backward/ids", "similarity_ranks/ids", "similarity_topk/k=10"),
+)
 _WIDTHS = tuple((1 << exponent,) for exponent in range(4, 14))
 FAMILIES: dict[str, Family] = {
     "attention": Family(
         "queries x keys x d",
-        dict.fromkeys(PRODUCTS, _ATTENTION),
+        dict.fromkeys(PRODUCTS, _ATTENTION) | {"fp16": tuple(size for size in _SQUARE if size[2] in (64, 128))},
         {dtype: tuple((n, n, d) for n, d in sizes) for dtype, sizes in _CI_ATTENTION.items()},
-        _attention,
+        lambda case: attention_kernels(case.chip, case.dtype, *case.size),
     ),
     "adaln": Family(
         "features",
-        dict.fromkeys(_TORCH, _WIDTHS),
-        dict.fromkeys(_TORCH, ((128,), (512,), (1024,), (4096,), (8192,))),
-        lambda case: adaln_kernels(case.chip, _TORCH[case.dtype], *case.size),
+        dict.fromkeys(_ADALN, _WIDTHS),
+        dict.fromkeys(_ADALN[::2], ((128,), (512,), (1024,), (4096,), (8192,))),
+        lambda case: adaln_kernels(case.chip, case.dtype, *case.size),
     ),
     "contrastive": Family(
-        "features",
-        dict.fromkeys(PRODUCTS, ((512,),)),
-        dict.fromkeys(PRODUCTS, ((512,),)),
-        lambda case: contrastive_kernels(case.chip, PRODUCTS[case.dtype], *case.size),
+        "rows x features",
+        dict.fromkeys(PRODUCTS, (_EVEN, _ODD)),
+        dict.fromkeys(_CI_ATTENTION, (_EVEN, _ODD)),
+        lambda case: contrastive_kernels(case.chip, case.dtype, *case.size, launches=case.launches),
+        {("full", _ODD): _LOGITS, ("ci", _EVEN): _CI_CONTRASTIVE, ("ci", _ODD): _LOGITS[2:4]},
     ),
 }
 
@@ -117,7 +122,7 @@ def cases(
     """Every shipped configuration of some families on some chips, or those that CI compiles; no TF32 where
     the chip has none."""
     return [
-        Case(name, chip, dtype, numbers)
+        Case(name, chip, dtype, numbers, FAMILIES[name].launches.get((size, numbers), ()))
         for name in families
         for chip in chips
         for dtype, sizes in (FAMILIES[name].ci if size == "ci" else FAMILIES[name].sizes).items()

@@ -12,7 +12,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks.compiled import Case, Code, Compiled, Dtype, nvidia_bytes, occupancy
+from benchmarks.aot import Dtype
+from benchmarks.compiled import Case, Code, Compiled, nvidia_bytes, occupancy
 from benchmarks.nvcc import Kernel, mistakes, read_kernels, readable
 from benchmarks.sass import counts_of
 from benchmarks.work import Work
@@ -51,7 +52,7 @@ def found_in(files: Sequence[Path], chips: Sequence[str]) -> Iterator[Found]:
         for mangled, name in names.items():
             code_of = _CODE_OF.get(chip, chip)
             if kernel := kernels.get((mangled, code_of)):
-                yield _found(chip, name, kernel, tuple(mistakes(mangled, code_of, kernel)))
+                yield _found(chip, name, kernel, tuple(mistakes(mangled, kernel)))
 
 
 def _found(chip: str, name: str, kernel: Kernel, faults: tuple[str, ...]) -> Found:

@@ -33,22 +33,23 @@ from diffgap.kernels.configs import CONFIGS, adaln_config, attention_config, chi
 from benchmarks import schedule
 from benchmarks.aot import (
     PASSES,
+    PRODUCTS,
+    TORCH,
     Launches,
     Make,
     adaln_launches,
     attention_launches,
     contrastive_launches,
-    dtype_of,
     multiplied_as,
 )
 from benchmarks.cases import DTYPES, differentiated
 from benchmarks.comparison import TOLERANCE, Comparison, furthest_first, tables, to_json
-from benchmarks.compiled import PRODUCTS, Case, cases
+from benchmarks.compiled import Case, cases
 from benchmarks.nvcc import plain_name
 from benchmarks.report import write
 from benchmarks.runner import in_one_line
 from benchmarks.timing import flush_buffer
-from benchmarks.work import BATCH, GALLERY, QUERIES, ROWS
+from benchmarks.work import BATCH, GALLERY, QUERIES, loss_rows
 from diffgap.ops.random import normal
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -119,18 +120,17 @@ def modelled(folder: Path, chip: str) -> list[Modelled]:
 def launches_of(case: Case, make: Make) -> tuple[Launches, AbstractContextManager[None]]:
     """The launch functions of a case of the proof at its modelled shapes, by what stands before a kernel's name in the
     proof, and what they must run within."""
+    product, dtype = PRODUCTS[case.dtype], TORCH[case.dtype]
     if case.family == "adaln":
         (width,) = case.size
-        return adaln_launches(adaln_config(case.chip, width), DTYPES[case.dtype], width, make), nullcontext()
-    product = PRODUCTS[case.dtype]
-    dtype = dtype_of(product)
+        return adaln_launches(adaln_config(case.chip, width), dtype, width, make), nullcontext()
     if case.family == "attention":
         n_q, n_k, d = case.size
         forward, backward = (attention_config(case.chip, product, n_q, n_k, d, which) for which in PASSES)
         launches = attention_launches(forward, backward, dtype, (n_q, n_k, d), BATCH, make)
         return {f"{name}/all": run for name, run in launches.items()}, multiplied_as(product)
-    (width,), tile = case.size, CONFIGS[case.chip].contrastive[product]
-    launches = contrastive_launches(tile, dtype, width, ROWS, make)
+    (_, width), tile = case.size, CONFIGS[case.chip].contrastive[product]
+    launches = contrastive_launches(tile, dtype, width, loss_rows(case), make)
     queries, gallery = make(QUERIES, width, dtype=dtype), make(GALLERY, width, dtype=dtype)
     # A positive for each query.
     ids = torch.arange(GALLERY, device=gallery.device)

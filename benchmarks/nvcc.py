@@ -27,6 +27,10 @@ _ACCESS = re.compile(r"(?:LDG|STG)\.E")
 _FIRST_BOOL = re.compile(r"Lb([01])E")
 
 
+#: Bytes of shared memory that a block gets whose launch asks for no more; none here does.
+SHARED_LIMIT = 48 << 10
+
+
 @dataclass
 class Kernel:
     """One kernel compiled for one chip."""
@@ -75,7 +79,7 @@ def read_kernels(file: Path) -> dict[tuple[str, str], Kernel]:
     kernels: dict[tuple[str, str], Kernel] = {}
     for chip, text in _dump(file, "--dump-resource-usage").items():
         for name, registers, stack, shared, local in _USAGE.findall(text):
-            kernels[name, chip] = Kernel(int(registers), int(shared), int(stack) + int(local))
+            kernels[name, chip] = Kernel(int(registers), int(shared) - _system_bytes(chip), int(stack) + int(local))
     for chip, text in _dump(file, "-sass").items():
         name = ""
         for line in text.splitlines():
@@ -91,17 +95,16 @@ def is_vector(name: str) -> bool:
     return found is not None and found[1] == "1"
 
 
-def shared_limit(chip: str) -> int:
-    """Shared memory of a block, as the machine code counts it: 48 KiB, which is what a launch gets that asks for no
-    more (none here does), and from sm_90 on 1 KiB that is the system's."""
-    return (48 << 10) + (1 << 10 if int(chip.removeprefix("sm_").rstrip("af")) >= 90 else 0)
+def _system_bytes(chip: str) -> int:
+    """Of the shared memory that the machine code counts, what is the system's."""
+    return 1 << 10 if int(chip.removeprefix("sm_").rstrip("af")) >= 90 else 0
 
 
-def mistakes(name: str, chip: str, kernel: Kernel) -> list[str]:
-    """What the kernel shall not do on a chip, in words."""
+def mistakes(name: str, kernel: Kernel) -> list[str]:
+    """What the kernel shall not do, in words."""
     found = []
-    if kernel.shared_bytes > (limit := shared_limit(chip)):
-        found.append(f"takes {kernel.shared_bytes} bytes of shared memory, and a block gets {limit}")
+    if kernel.shared_bytes > SHARED_LIMIT:
+        found.append(f"takes {kernel.shared_bytes} bytes of shared memory, and a block gets {SHARED_LIMIT}")
     if kernel.local_bytes:
         found.append(f"keeps {kernel.local_bytes} bytes a thread in local memory")
     if is_vector(name):

@@ -12,9 +12,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from datetime import date
 from pathlib import Path
@@ -97,8 +99,9 @@ class Row:
 def multiplies(compiled: Compiled) -> bool:
     """Whether the kernel computes a product: all but adaln's, the merge of parts, and the gradient from logits that
     were kept."""
-    op = compiled.kernel.split("/")
-    return compiled.case.family != "adaln" and op[-1] != "merge" and "logits" not in op
+    _, *variant, kernel = compiled.kernel.split("/")
+    from_logits = kernel == "gradient" and variant[0].endswith("_logits")
+    return compiled.case.family != "adaln" and kernel != "merge" and not from_logits
 
 
 def tensor_instructions(compiled: Compiled) -> frozenset[str]:
@@ -162,13 +165,22 @@ def _row(compiled: Compiled, work: Work, wrong: tuple[str, ...]) -> Row:
     )
 
 
-def rows_of(of: Sequence[Case], ops: Sequence[str] = ()) -> Iterator[Row]:
-    """The rows of some cases, of all ops or those named, with a line of progress for each case on stderr."""
-    for number, case in enumerate(of, 1):
+def rows_of(of: Sequence[Case], ops: Sequence[str] = (), jobs: int = 1) -> Iterator[Row]:
+    """The rows of some cases, of all ops or those named, compiled in ``jobs`` processes, with a line of progress for
+    each case on stderr."""
+    for number, (case, found) in enumerate(zip(of, _compiled(of, jobs), strict=True), 1):
         print(f"[{number}/{len(of)}] {case.family} {case.chip} {case.dtype} {case.label}", file=sys.stderr)
-        for compiled in compile_case(case):
+        for compiled in found:
             if not ops or compiled.kernel.split("/")[0].removesuffix("_backward") in ops:
                 yield row_of(compiled)
+
+
+def _compiled(of: Sequence[Case], jobs: int) -> Iterator[list[Compiled]]:
+    if jobs == 1:
+        yield from map(compile_case, of)
+        return
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
+        yield from pool.map(compile_case, of)
 
 
 def cuda_rows(chips: Sequence[str], ops: Sequence[str] = ()) -> list[Row]:
@@ -262,10 +274,9 @@ through ptxas or LLVM, except those of the family `schedule`, which are CUDA C++
 Times are *modelled*. A pipe is a part of the GPU with a rate of its own: the tensor cores (`tensor`), the special
 functions, FP32, integer, `load/store`, L2, `hbm` and the `launch` of a kernel. The time is that of the slowest pipe of
 one GPU of the chip at its published rates, with instructions counted in the machine code (`benchmarks/work.py` has the
-rules). Times are meant as lower bounds, and a GPU may take much longer. Those of `sm_100` are too long, some of them
-many times: its code waits in loops beside the products, which are counted as if they held the code after them.
-`make gpu` times whole calls, and lists the modelled
-ones of `benchmarks/results` that were off by more than a quarter.
+rules), those of `schedule` in branches that the call does not take included. Times are meant as lower bounds, and a GPU
+may take much longer. `make gpu` times whole calls and each of these
+kernels, and lists the modelled times that were off by more than a quarter.
 
 The GPUs are
 
@@ -278,15 +289,16 @@ Registers and spilled bytes are per thread, shared memory and warps per block. `
 tensor cores. Where it has a number, this counts it in the code, in which the body of a loop appears once. On NVIDIA's
 chips float32 has none, unless torch is told to multiply in TF32 (`tf32`); CDNA 4 has no TF32. `load` and `store` are
 the widest accesses of global memory by a thread. `occupancy` is the share of a multiprocessor's warps that can be
-resident at a time, and `limit` is what prevents more. float16 is compiled for `schedule` alone: the other families use
-the kernels of bfloat16 for it. Attention is compiled with all of its options.
+resident at a time, and `limit` is what prevents more.
 
-Not every variant that can be called is here. The kernels are compiled for rows that begin at multiples of 16 bytes,
-for numbers of rows that 16 divides, and for widths of `adaln` up to 8,192; `clip_loss` without the logits that
-`memory_budget` lets it keep. Some other variants were compiled by hand (2026-11-27), and these spill 8 to 288 bytes a
-thread: `clip_loss` with kept logits on sm_80 (float32) and sm_90 (float16, TF32), with ids or one-sided at 1,001 rows
-on these chips, attention's gradient of keys with d = 128 and unaligned rows on sm_90, and `adaln`'s gradient at a width
-of 10,000 on sm_80 and sm_100.
+Every variant of a contrastive kernel is compiled: positives by ids, on the diagonal or none (`none`, a tile of another
+rank), losses of the rows alone (`one_sided`), and logits that `memory_budget` lets `clip_loss` keep (`logits`). The
+kernels do not depend on the numbers of rows, but for the kept logits, which can be accessed by 16 bytes only where the
+rows are aligned; so there are two sizes. Attention is compiled with all of its options. It does not depend on the
+numbers of tokens within a row of the tables, and a d that 8 does not divide is filled up with zeros; of the multiples
+of 8 these are compiled: 16, 32, 40, 64, 80 and 128. `adaln` is compiled for the widths of the tables; a width that 16
+does not divide takes narrower accesses, and its gradient spills above 8,192 features (144 to 288 bytes a thread at
+10,000 on sm_80 and sm_100, compiled by hand on 2026-11-27).
 
 A fault is a spill, more shared memory than the chip gives a block, a product without the tensor-core instruction that
 its dtype should have, or an access of less than 16 bytes where a kernel should make one of 16.
@@ -369,6 +381,7 @@ def parser() -> argparse.ArgumentParser:
     add("--chip", nargs="+", choices=list(TARGETS), default=list(TARGETS), help="chips; all by default")
     add("--kernel", nargs="+", choices=list(OPS), default=[], help="ops whose kernels to compile; all by default")
     add("--size", choices=("ci", "full"), default="full", help="ci: one row of equal ones; full: every one (default)")
+    add("--jobs", type=int, default=1, metavar="N", help="processes that compile (default: 1)")
     add("--json", type=Path, metavar="FILE", help="write FILE, and .md beside it")
     add("--page", action="store_true", help=f"with --json: write {PAGE.parent.name}/{PAGE.name} too")
     return result
@@ -387,6 +400,8 @@ def main(argv: Sequence[str]) -> int:
         options.error(f"--json: expected a name that ends in .json, got {args.json.name}")
     if args.page and args.json is None:
         options.error("--page: names the results that it sums up; give --json FILE too")
+    if args.jobs < 1:
+        options.error(f"--jobs: expected 1 or more, got {args.jobs}")
     header: dict[str, Any] = {
         "date": date.today().isoformat(),
         "command": " ".join(["python -m benchmarks proof", *(_without_folder(word, args.json) for word in argv)]),
@@ -396,7 +411,7 @@ def main(argv: Sequence[str]) -> int:
     }
     families = list(dict.fromkeys(OPS[op] for op in args.kernel or OPS))
     of_triton = [family for family in families if family != SCHEDULE]
-    rows = list(rows_of(cases(args.size, of_triton, args.chip), args.kernel))
+    rows = list(rows_of(cases(args.size, of_triton, args.chip), args.kernel, args.jobs))
     if SCHEDULE in families:
         try:
             rows += cuda_rows(args.chip, args.kernel)

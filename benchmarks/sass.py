@@ -86,8 +86,13 @@ def resources(compiled: Any) -> Resources:
 
 
 def _loops_and_code(text: str) -> tuple[list[tuple[int, int]], list[str]]:
-    """Loops as first and last instruction, and the mnemonics (opcode and modifiers) of all instructions."""
-    return _parsed(text, _LABEL, _INSTRUCTION, re.compile(r"\bBRA\b.*\((\.L_x_\d+)\)"))
+    """Loops as first and last instruction, and the mnemonics (opcode and modifiers) of all instructions.
+
+    What stands behind the last EXIT is waiting for a barrier that was not open at first, and then a branch back.
+    """
+    loops, code = _parsed(text, _LABEL, _INSTRUCTION, re.compile(r"\bBRA\b.*\((\.L_x_\d+)\)"))
+    end = max((place for place, name in enumerate(code) if name == "EXIT"), default=len(code))
+    return [(first, last) for first, last in loops if last <= end], code
 
 
 def _parsed(

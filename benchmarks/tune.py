@@ -37,6 +37,8 @@ from diffgap.kernels.configs import (
 from torch import Tensor
 
 from benchmarks.aot import (
+    TORCH,
+    Dtype,
     Launches,
     Make,
     adaln_kernels,
@@ -45,12 +47,11 @@ from benchmarks.aot import (
     attention_launches,
     contrastive_kernels,
     contrastive_launches,
-    dtype_of,
     multiplied_as,
 )
 from benchmarks.cases import Outputs
 from benchmarks.check import mismatch
-from benchmarks.compiled import MULTIPROCESSORS, PRODUCTS, Case, Compiled, Dtype, examined
+from benchmarks.compiled import FAMILIES, MULTIPROCESSORS, Case, Compiled, examined
 from benchmarks.proof import faults
 from benchmarks.timing import Budget, CudaClock, time_interleaved
 
@@ -64,7 +65,7 @@ SECONDS = 2.0
 MOST = 48
 FIELDS = ("contrastive", "short", "long", "adaln")
 _ROWS, _WIDTH, _BATCH = 8192, 512, 1024
-_DTYPES: dict[Product, Dtype] = {product: dtype for dtype, product in PRODUCTS.items()}
+_DTYPES: dict[Product, Dtype] = {"half": "bf16", "tf32": "tf32", "ieee": "fp32"}
 _WARPS = (1, 2, 4, 8, 16)
 
 
@@ -97,9 +98,9 @@ class Row(Generic[Config]):
 
 def tiles(chip: str, product_: Product) -> list[Tile]:
     """Tiles of similarities that fit, those that read the least first."""
-    size = 2 if product_ == "half" else 4
+    size, maxnreg = 2 if product_ == "half" else 4, CONFIGS[chip].contrastive[product_].maxnreg
     found = [
-        Tile(m, n, d, warps, stages)
+        Tile(m, n, d, warps, stages, maxnreg=maxnreg)
         for m, n, d, warps, stages in product(
             (64, 128, 256), (64, 128, 256), (16, 32, 64, 128), (4, 8), (1, 2, 3, 4, 5)
         )
@@ -155,7 +156,9 @@ def rows_of(chip: str, fields: Sequence[str], make: Make) -> Iterator[Row[Any]]:
 
 
 def _contrastive_row(chip: str, kind: Product, make: Make) -> Row[Tile]:
-    case = Case("contrastive", chip, _DTYPES[kind], (_WIDTH,))
+    case = Case(
+        "contrastive", chip, _DTYPES[kind], (1024, _WIDTH), FAMILIES["contrastive"].launches["ci", (1024, _WIDTH)]
+    )
     # One variant of every op: the others have the same loops.
     timed = (
         *("clip_loss/diagonal", "clip_loss_backward/diagonal", "siglip_loss_backward/diagonal"),
@@ -163,18 +166,18 @@ def _contrastive_row(chip: str, kind: Product, make: Make) -> Row[Tile]:
     )
 
     def launches(tile: Tile) -> Launches:
-        of_all = contrastive_launches(tile, dtype_of(kind), _WIDTH, _ROWS, make)
+        of_all = contrastive_launches(tile, TORCH[_DTYPES[kind]], _WIDTH, _ROWS, make)
         return {name: of_all[name] for name in timed}
 
     return Row(
         *("contrastive", kind, CONFIGS[chip].contrastive[kind], tiles(chip, kind), kind),
-        lambda tile: examined(case, contrastive_kernels(chip, kind, _WIDTH, tile)),
+        lambda tile: examined(case, _compile_contrastive(case, tile)),
         launches,
     )
 
 
 def _short_row(chip: str, kind: Product, n: int, wide: bool, make: Make) -> Row[Short]:
-    size = (n, n, 128 if wide else 64)
+    size, dtype = (n, n, 128 if wide else 64), TORCH[_DTYPES[kind]]
 
     def tile(row: Short) -> Attention:
         of_tokens = attention_config(chip, kind, *size, "forward")
@@ -183,16 +186,16 @@ def _short_row(chip: str, kind: Product, n: int, wide: bool, make: Make) -> Row[
     return Row(
         *("short", (kind, n, wide), CONFIGS[chip].short[kind, n, wide], shorts(), kind),
         lambda row: _compile_attention(chip, kind, size, tile(row)),
-        lambda row: attention_launches(tile(row), tile(row), dtype_of(kind), size, _BATCH, make, plain=True),
+        lambda row: attention_launches(tile(row), tile(row), dtype, size, _BATCH, make, plain=True),
     )
 
 
 def _long_row(chip: str, kind: Product, which: Pass, wide: bool, make: Make) -> Row[Attention]:
-    size, amd = (256, 256, 128 if wide else 64), is_amd(chip)
+    size, amd, dtype = (256, 256, 128 if wide else 64), is_amd(chip), TORCH[_DTYPES[kind]]
     op = "attention" if which == "forward" else "attention_backward"
 
     def launches(row: Attention) -> Launches:
-        return {op: attention_launches(row, row, dtype_of(kind), size, _BATCH // 16, make, plain=True)[op]}
+        return {op: attention_launches(row, row, dtype, size, _BATCH // 16, make, plain=True)[op]}
 
     def compiled(row: Attention) -> list[Compiled]:
         return [x for x in _compile_attention(chip, kind, size, row) if x.kernel.split("/")[0] == op]
@@ -205,13 +208,17 @@ def _adaln_row(chip: str, width: int, make: Make) -> Row[Rows]:
     case = Case("adaln", chip, "bf16", (width,))
     return Row(
         *("adaln", width, CONFIGS[chip].adaln[width], holdings(width, 64 if is_amd(chip) else 32), "half"),
-        lambda row: examined(case, adaln_kernels(chip, torch.bfloat16, width, row)),
+        lambda row: examined(case, adaln_kernels(chip, "bf16", width, row)),
         lambda row: adaln_launches(row, torch.bfloat16, width, make),
     )
 
 
+def _compile_contrastive(case: Case, tile: Tile) -> dict[str, Any]:
+    return contrastive_kernels(case.chip, case.dtype, *case.size, launches=case.launches, tile=tile)
+
+
 def _compile_attention(chip: str, kind: Product, size: tuple[int, int, int], config: Attention) -> list[Compiled]:
-    kernels = attention_kernels(chip, kind, *size, config=config)
+    kernels = attention_kernels(chip, _DTYPES[kind], *size, config=config)
     return examined(Case("attention", chip, _DTYPES[kind], size), kernels)
 
 
@@ -261,7 +268,7 @@ def best(times: Mapping[Config, float], shipped: Config) -> Config:
 
 def disagreement(row: Row[Config], config: Config, expected: Mapping[str, Outputs]) -> str | None:
     """Why the results with a configuration are not the ``expected`` ones, by op; integers may differ by ties."""
-    dtype = dtype_of(row.product)
+    dtype = TORCH[_DTYPES[row.product]]
     for name, run in row.launches(config).items():
         if expected[name] and (reason := mismatch(_floats(run()), expected[name], None, dtype)):
             return f"{name}: {reason}"

@@ -10,8 +10,9 @@ with the pipes of :class:`benchmarks.model.Kernel`; every time is a lower bound.
 - HBM is charged once for what a launch is given or gives back; for embeddings that L2 does not hold, once a pass.
 - L2 is charged for every tile that a program loads.
 
-Shapes are those of the benchmarks: 8192 x 512 for the losses, 4096 x 50000 x 512 for retrieval, 16 x 256 x D for adaln,
-and for attention the 1024 samples of 8 heads that :mod:`benchmarks.attention_model` draws.
+Shapes are those of the benchmarks: 8192 x 512 for the losses (8191 where the size that is compiled is odd too), 4096 x
+50000 x 512 for retrieval, 16 x 256 x D for adaln, and for attention the 1024 samples of 8 heads that
+:mod:`benchmarks.attention_model` draws.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from diffgap.kernels import adaln
 from diffgap.kernels._tiles import macros
 from diffgap.kernels.configs import CONFIGS, SHORT, Tile, adaln_config, attention_config, block_d, is_amd
 
-from benchmarks.compiled import PRODUCTS, Compiled
+from benchmarks.aot import PRODUCTS, TORCH
+from benchmarks.compiled import Case, Compiled
 from benchmarks.gpus import Gpu
 from benchmarks.model import LOOP_CLOCKS, REST_CLOCKS, Kernel
 from benchmarks.sass import LoopCounts
@@ -61,7 +63,7 @@ def kernel_of(compiled: Compiled, work: Work, gpu: Gpu) -> Kernel:
     """The kernel of the model: all that its launches do in a call."""
     warps, lanes = work.programs * compiled.warps, 64 if is_amd(compiled.case.chip) else 32
     times = [prod(work.trips[:depth]) for depth in range(len(compiled.counts))]
-    product_loop = len(compiled.counts) - 1 if work.flops else -1
+    product_loop = _product_loop(compiled.counts) if work.flops else -1
 
     def total(pipe: str) -> float:
         return warps * sum(t * getattr(level, pipe) for t, level in zip(times, compiled.counts, strict=True))
@@ -75,7 +77,7 @@ def kernel_of(compiled: Compiled, work: Work, gpu: Gpu) -> Kernel:
     return Kernel(
         compiled.kernel,
         work.flops if in_tensor_cores else 0.0,
-        "bf16" if compiled.case.dtype == "fp16" else compiled.case.dtype,
+        "bf16" if compiled.case.dtype == "fp16" else compiled.case.dtype,  # at the same rate
         special=lanes * total("mufu"),
         fp32=lanes * total("fp32"),
         integer=lanes * total("integer"),
@@ -86,50 +88,63 @@ def kernel_of(compiled: Compiled, work: Work, gpu: Gpu) -> Kernel:
     )
 
 
+def _product_loop(counts: tuple[LoopCounts, ...]) -> int:
+    """The depth of the products' loop: the innermost with tensor instructions, or without a tensor core of all."""
+    return max((depth for depth, level in enumerate(counts) if level.tensor), default=len(counts) - 1)
+
+
 def work_of(compiled: Compiled, gpu: Gpu) -> Work:
     """What a kernel does in the call of its benchmark."""
     return {"attention": _attention, "adaln": _adaln, "contrastive": _contrastive}[compiled.case.family](compiled, gpu)
 
 
 def _itemsize(compiled: Compiled) -> int:
-    return 2 if compiled.case.dtype == "bf16" else _FP32
+    return TORCH[compiled.case.dtype].itemsize
+
+
+def loss_rows(case: Case) -> int:
+    """Embeddings a side of the losses' call for a size that is compiled; 16 divides both or neither."""
+    return ROWS if case.size[0] % 16 == 0 else ROWS - 1
 
 
 def _contrastive(compiled: Compiled, gpu: Gpu) -> Work:
     op, variant, kernel = compiled.kernel.split("/")
-    (width,) = compiled.case.size
+    _, width = compiled.case.size
     tile = CONFIGS[compiled.case.chip].contrastive[PRODUCTS[compiled.case.dtype]]
     size = _itemsize(compiled)
     if op.startswith("similarity"):
         return _retrieval(kernel, tile, width, size, gpu)
-    shape, pairs, side = f"{ROWS}x{width}", float(ROWS) ** 2, ROWS * width
+    gradient, logits = op.endswith("_backward"), variant.endswith("_logits")
+    if gradient or logits:
+        tile = tile.for_gradient()
+    rows = loss_rows(compiled.case)
+    shape, side = f"{rows}x{width}", rows * width
+    row_blocks, column_blocks = ceil(rows / tile.block_m), ceil(rows / tile.block_n)
+    row_groups, column_groups = _groups(tile, gpu, row_blocks, column_blocks)
     if kernel == "merge":
-        groups = _groups(tile, gpu)[1]
-        return Work(shape, ROWS / 128, (groups,), hbm=_FP32 * ROWS * (3 * groups + 3))
-    steps = width / tile.block_d
+        return Work(shape, ceil(rows / 128), (column_groups,), hbm=_FP32 * rows * (3 * column_groups + 3))
+    pairs, steps = float(row_blocks * tile.block_m * column_blocks * tile.block_n), width / tile.block_d
+    kept = _FP32 * float(rows) ** 2 if logits else 0.0
     if kernel == "forward":
-        row_groups, column_groups = _groups(tile, gpu)
-        trips = (ROWS / tile.block_n / column_groups, ROWS / tile.block_m / row_groups, steps)
+        trips = (column_blocks / column_groups, row_blocks / row_groups, steps)
         passes = 1.0 if 2 * side * size <= gpu.l2_bytes else trips[0]
-        loaded = size * (side * passes + side)
-        l2 = _tiles_read(tile, pairs, width, size)
-        return Work(shape, row_groups * column_groups, trips, 2 * pairs * width, loaded, l2)
-    gradient = op.endswith("_backward")
-    tile = tile.for_gradient() if gradient else tile
-    height, wide, _ = macros(ROWS, ROWS, tile, size, None)
-    launches = ceil(ROWS / height) * ceil(ROWS / wide)
+        hbm = size * (side * passes + side) + kept
+        l2 = _tiles_read(tile, pairs, width, size) + kept
+        return Work(shape, row_groups * column_groups, trips, 2 * pairs * width, hbm, l2)
+    height, wide, _ = macros(rows, rows, tile, size, None)
+    launches = ceil(rows / height) * ceil(rows / wide)
     stored = size * pairs if gradient else 0.0
-    if variant == "logits":
-        return Work(shape, pairs / (tile.block_m * tile.block_n), (), 0.0, _FP32 * pairs + stored, 0.0, launches)
-    embeddings = size * side * (ceil(ROWS / wide) + 1)
-    l2 = _tiles_read(tile, pairs, width, size) + stored
     programs = pairs / (tile.block_m * tile.block_n)
+    if logits:
+        return Work(shape, programs, (), 0.0, kept + stored, 0.0, launches)
+    embeddings = size * side * (ceil(rows / wide) + 1)
+    l2 = _tiles_read(tile, pairs, width, size) + stored
     return Work(shape, programs, (steps,), 2 * pairs * width, embeddings + stored, l2, launches)
 
 
-def _groups(tile: Tile, gpu: Gpu) -> tuple[int, int]:
+def _groups(tile: Tile, gpu: Gpu, row_blocks: int, column_blocks: int) -> tuple[int, int]:
     """Programs along the rows and along the columns of the losses' forward pass, as ``clip_loss.forward`` has them."""
-    slots, row_blocks, column_blocks = gpu.multiprocessors * tile.programs, ROWS // tile.block_m, ROWS // tile.block_n
+    slots = gpu.multiprocessors * tile.programs
     row_groups = min(row_blocks, max(int(slots**0.5), slots // column_blocks))
     return row_groups, min(column_blocks, slots // row_groups)
 

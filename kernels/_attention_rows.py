@@ -16,13 +16,17 @@ from diffgap.kernels._tiles import narrow
 
 _EPS: tl.constexpr = tl.constexpr(1e-6)
 
+#: Elements that strides are multiples of, and d is: the kernels then know rows to begin at multiples of 16 bytes.
+UNIT: tl.constexpr = tl.constexpr(8)
+
+#: Arguments of the kernels by which Triton shall not specialize: calls of any length and batch run the same code. No
+#: wide access depends on them.
+SIZES = ("ALL_PAIRS", "H", "NQ", "NK")
+
 
 @triton.jit
-def offsets(o_pair, o_row, H, strides, UNIT: tl.constexpr):
-    """Where rows start in a tensor (B, N, H, d), in elements.
-
-    ``strides`` are those of B, N and H in units of UNIT elements: what UNIT divides is known to be aligned.
-    """
+def offsets(o_pair, o_row, H, strides):
+    """Where rows start in a tensor (B, N, H, d), in elements; ``strides`` are those of B, N and H in units of UNIT."""
     o_b, o_h = (o_pair // H).to(tl.int64), (o_pair % H).to(tl.int64)
     return (o_b * strides[0] + o_row.to(tl.int64) * strides[1] + o_h * strides[2]) * UNIT
 
@@ -53,11 +57,16 @@ def store_rows(p_x, o_rows, m_rows, b_x, first, D: tl.constexpr, BLOCK: tl.const
 
 
 @triton.jit
-def inverse_rms(p_x, o_rows, m_rows, NORM: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """``1 / sqrt(mean(x^2) + 1e-6)`` of rows, 1 where they are not to be normed, [rows, 1]."""
+def inverse_rms(
+    p_x, o_rows, m_rows, NORM: tl.constexpr, D: tl.constexpr, FEATURES: tl.constexpr, BLOCK_D: tl.constexpr
+):
+    """``1 / sqrt(mean(x^2) + 1e-6)`` of rows, 1 where they are not to be normed, [rows, 1].
+
+    The mean is over FEATURES: the others of the D are zeros.
+    """
     if NORM:
         b_x = load_rows(p_x, o_rows, m_rows, 0, D, BLOCK_D, True)
-        b_factor = tl.rsqrt(tl.sum(b_x * b_x, 1) / D + _EPS)
+        b_factor = tl.rsqrt(tl.sum(b_x * b_x, 1) / FEATURES + _EPS)
     else:
         b_factor = tl.full(m_rows.shape, 1.0, tl.float32)
     return b_factor[:, None]

@@ -13,6 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 from diffgap.kernels._attention_rows import (
+    SIZES,
     attending_keys,
     inverse_rms,
     load_rows,
@@ -69,12 +70,12 @@ def _attending(o_pair_m, o_m, o_pair_n, o_n, m_n, CAUSAL: tl.constexpr, PAIRS: t
     return m_pairs
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def short_forward_kernel(
     p_q, p_k, p_v, p_q_weight, p_k_weight, p_mask, p_output, scale, ALL_PAIRS, H, NQ, NK, width,
     q_strides, k_strides, v_strides, output_strides,
     Q_NORM: tl.constexpr, K_NORM: tl.constexpr, HAS_MASK: tl.constexpr, CAUSAL: tl.constexpr,
-    D: tl.constexpr, UNIT: tl.constexpr, OUTPUT_UNIT: tl.constexpr, PAIRS: tl.constexpr,
+    D: tl.constexpr, FEATURES: tl.constexpr, PAIRS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK: tl.constexpr,
     PRECISION: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
@@ -82,14 +83,14 @@ def short_forward_kernel(
     o_pair_m, o_m, m_m = _tile_rows(ALL_PAIRS, NQ, BLOCK_M, PAIRS)
     o_pair_n, o_n, m_n = _tile_rows(ALL_PAIRS, NK, BLOCK_N, PAIRS)
     m_n = attending_keys(p_mask, o_pair_n, o_n, m_n, H, NK, HAS_MASK)
-    o_q = offsets(o_pair_m, o_m, H, q_strides, UNIT)
-    o_k, o_v = offsets(o_pair_n, o_n, H, k_strides, UNIT), offsets(o_pair_n, o_n, H, v_strides, UNIT)
+    o_q = offsets(o_pair_m, o_m, H, q_strides)
+    o_k, o_v = offsets(o_pair_n, o_n, H, k_strides), offsets(o_pair_n, o_n, H, v_strides)
     m_pairs = _attending(o_pair_m, o_m, o_pair_n, o_n, m_n, CAUSAL, PAIRS)
     b_poison_m = _poison(p_q, o_q, m_m, D, BLOCK_D, PAIRS)
     b_poison_n = _poison(p_k, o_k, m_n, D, BLOCK_D, PAIRS) + _poison(p_v, o_v, m_n, D, BLOCK_D, PAIRS)
     m_q, m_k = m_m & (b_poison_m == 0.0), m_n & (b_poison_n == 0.0)
-    b_rms_q = inverse_rms(p_q, o_q, m_q, Q_NORM, D, BLOCK_D)
-    b_rms_k = inverse_rms(p_k, o_k, m_k, K_NORM, D, BLOCK_D)
+    b_rms_q = inverse_rms(p_q, o_q, m_q, Q_NORM, D, FEATURES, BLOCK_D)
+    b_rms_k = inverse_rms(p_k, o_k, m_k, K_NORM, D, FEATURES, BLOCK_D)
     b_s = product(
         p_q, o_q, m_q, b_rms_q, p_q_weight, Q_NORM, p_k, o_k, m_k, b_rms_k, p_k_weight, K_NORM,
         width, D, CHUNK, PRECISION, WIDEN,
@@ -97,20 +98,20 @@ def short_forward_kernel(
     if PAIRS > 1:
         b_s += b_poison_m[:, None] + b_poison_n[None, :]
     b_p, b_inverse = _softmax(b_s, m_pairs)
-    o_output = offsets(o_pair_m, o_m, H, output_strides, OUTPUT_UNIT)
+    o_output = offsets(o_pair_m, o_m, H, output_strides)
     for first in range(0, width if CHUNK < D else D, CHUNK):
         b_v = load_rows(p_v, o_v, m_k, first, D, CHUNK, WIDEN)  # [BLOCK_N, CHUNK]
         b_o = tl.dot(narrow(b_p, b_v.dtype, WIDEN), b_v, input_precision=PRECISION) * b_inverse
         store_rows(p_output, o_output, m_m, b_o, first, D, CHUNK, WIDEN)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def short_backward_kernel(
     p_grad, p_q, p_k, p_v, p_q_weight, p_k_weight, p_mask, p_dq, p_dk, p_dv, p_parts_q, p_parts_k,
     scale, ALL_PAIRS, H, NQ, NK, width,
     grad_strides, q_strides, k_strides, v_strides, dq_strides, dk_strides,
     Q_NORM: tl.constexpr, K_NORM: tl.constexpr, HAS_MASK: tl.constexpr, CAUSAL: tl.constexpr,
-    D: tl.constexpr, UNIT: tl.constexpr, OUTPUT_UNIT: tl.constexpr, PAIRS: tl.constexpr,
+    D: tl.constexpr, FEATURES: tl.constexpr, PAIRS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK: tl.constexpr,
     PRECISION: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
@@ -122,14 +123,14 @@ def short_backward_kernel(
     o_pair_m, o_m, m_m = _tile_rows(ALL_PAIRS, NQ, BLOCK_M, PAIRS)
     o_pair_n, o_n, m_n = _tile_rows(ALL_PAIRS, NK, BLOCK_N, PAIRS)
     m_key = attending_keys(p_mask, o_pair_n, o_n, m_n, H, NK, HAS_MASK)
-    o_q, o_g = offsets(o_pair_m, o_m, H, q_strides, UNIT), offsets(o_pair_m, o_m, H, grad_strides, UNIT)
-    o_k, o_v = offsets(o_pair_n, o_n, H, k_strides, UNIT), offsets(o_pair_n, o_n, H, v_strides, UNIT)
+    o_q, o_g = offsets(o_pair_m, o_m, H, q_strides), offsets(o_pair_m, o_m, H, grad_strides)
+    o_k, o_v = offsets(o_pair_n, o_n, H, k_strides), offsets(o_pair_n, o_n, H, v_strides)
     m_pairs = _attending(o_pair_m, o_m, o_pair_n, o_n, m_key, CAUSAL, PAIRS)
     b_poison_m = _poison(p_q, o_q, m_m, D, BLOCK_D, PAIRS) + _poison(p_grad, o_g, m_m, D, BLOCK_D, PAIRS)
     b_poison_n = _poison(p_k, o_k, m_key, D, BLOCK_D, PAIRS) + _poison(p_v, o_v, m_key, D, BLOCK_D, PAIRS)
     m_q, m_k = m_m & (b_poison_m == 0.0), m_key & (b_poison_n == 0.0)
-    b_rms_q = inverse_rms(p_q, o_q, m_q, Q_NORM, D, BLOCK_D)
-    b_rms_k = inverse_rms(p_k, o_k, m_k, K_NORM, D, BLOCK_D)
+    b_rms_q = inverse_rms(p_q, o_q, m_q, Q_NORM, D, FEATURES, BLOCK_D)
+    b_rms_k = inverse_rms(p_k, o_k, m_k, K_NORM, D, FEATURES, BLOCK_D)
     b_s = product(
         p_q, o_q, m_q, b_rms_q, p_q_weight, Q_NORM, p_k, o_k, m_k, b_rms_k, p_k_weight, K_NORM,
         width, D, CHUNK, PRECISION, WIDEN,
@@ -143,11 +144,11 @@ def short_backward_kernel(
     # Zero where nothing attends even if the sum is NaN.
     b_p = tl.where(m_pairs, b_p * b_inverse, 0.0)
     b_ds = tl.where(m_pairs, b_p * (b_dp - tl.sum(b_p * b_dp, 1)[:, None]), 0.0)
-    b_means = tl.where(m_pairs, b_ds * b_s, 0.0) / D
+    b_means = tl.where(m_pairs, b_ds * b_s, 0.0) / FEATURES
     b_mean_q, b_mean_k = tl.sum(b_means, 1)[:, None], tl.sum(b_means, 0)[:, None]
     o_part = tl.program_id(0).to(tl.int64) * D
-    o_dq = offsets(o_pair_m, o_m, H, dq_strides, OUTPUT_UNIT)
-    o_dk = offsets(o_pair_n, o_n, H, dk_strides, OUTPUT_UNIT)
+    o_dq = offsets(o_pair_m, o_m, H, dq_strides)
+    o_dk = offsets(o_pair_n, o_n, H, dk_strides)
     for first in range(0, width if CHUNK < D else D, CHUNK):
         b_g = load_rows(p_grad, o_g, m_q, first, D, CHUNK, WIDEN)  # [BLOCK_M, CHUNK]
         b_dv = tl.dot(tl.trans(narrow(b_p, b_g.dtype, WIDEN)), b_g, input_precision=PRECISION)

@@ -21,6 +21,10 @@ from torch.nn import functional as F
 
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 
+#: Arguments of the contrastive kernels by which Triton shall not specialize: 16 may divide them or not, and all batches
+#: run the same code. No wide access depends on them, by its address or its mask.
+SIZES = ("N", "M", "offset", "row_blocks", "groups", "slots")
+
 #: Bytes of scratch a launch function takes at most when the caller sets no limit.
 WORKSPACE_BYTES = 64 << 20
 
@@ -31,13 +35,14 @@ def program_slots(x: Tensor, tile: Tile) -> int:
 
 
 def padded(x: Tensor, tile: Tile) -> Tensor:
-    """``x`` contiguous, its width filled up with zeros to whole blocks.
+    """``x`` contiguous from a multiple of 16 bytes on, its width filled up with zeros to whole blocks.
 
     So that every load is of 16 aligned bytes and the product needs no mask; zeros add nothing to it. The usual
     widths are multiples already, and copied is N D out of N M D.
     """
     missing = -x.shape[1] % tile.block_d
-    return F.pad(x, (0, missing)) if missing else x.contiguous()
+    x = F.pad(x, (0, missing)) if missing else x.contiguous()
+    return x if x.data_ptr() % 16 == 0 else x.clone()
 
 
 @triton.jit
@@ -86,9 +91,9 @@ def positives(p_ids_a, p_ids_b, o_m, o_n, N, M, offset, HAS_IDS: tl.constexpr):
 
 
 @triton.jit
-def add_to(p_sum, b_value, mask=None):
+def add_to(p_sum, b_value):
     """Add to a sum in memory that only this program touches; no atomics, so the order is always the same."""
-    tl.store(p_sum, tl.load(p_sum, mask=mask) + b_value, mask=mask)
+    tl.store(p_sum, tl.load(p_sum) + b_value)
 
 
 @triton.jit

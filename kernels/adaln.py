@@ -26,6 +26,9 @@ from torch import Tensor
 
 _EPS: tl.constexpr = tl.constexpr(1e-6)
 
+#: Arguments of the kernels by which Triton shall not specialize: any number of tokens runs the same code.
+_SIZES = ("R", "N", "chunk", "chunks")
+
 #: Programs that occupy a large GPU several times over: a sample's tokens are cut into chunks until there are so many.
 _PROGRAMS = 1024
 
@@ -50,7 +53,7 @@ def _normed(b_y, m_d, D):
     return b_c * b_rstd, b_rstd
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_SIZES)
 def _forward_kernel(
     p_x, p_branch, p_gate, p_shift, p_scale, p_y, p_h,
     R, N, D, x_b, x_n, branch_b, branch_n, gate_b, gate_n, shift_b, shift_n, scale_b, scale_n,
@@ -74,7 +77,7 @@ def _forward_kernel(
     store_gradient(p_h + o_r * D + o_d, b_normed * (1.0 + b_scale) + b_shift, m, WIDEN)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_SIZES)
 def _backward_kernel(
     p_grad_y, p_grad_h, p_x, p_branch, p_gate, p_scale, p_dx, p_dbranch, p_dgate, p_dshift, p_dscale,
     N, D, chunk, chunks,
@@ -133,7 +136,7 @@ def _backward_kernel(
             store_gradient(p_dgate + o_sum, tl.sum(b_dgate, 0), m_sum, WIDEN_SUMS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_SIZES)
 def _merge_kernel(p_parts, p_sums, chunks, D, BLOCK_D: tl.constexpr, WIDEN: tl.constexpr):
     """``sums`` (rows, D): the sum of ``parts`` (rows, chunks, D) float32 over the chunks, one after another."""
     i_row = tl.program_id(0).to(tl.int64)

@@ -22,13 +22,25 @@ Pass = Literal["forward", "backward"]
 #: The most queries and keys of attention's short path, which holds all of a batch and head at once.
 SHORT = 64
 
+#: Registers of a thread at most.
+_MAXNREG = 255
+
 #: Features of the widest row of the tables of adaln; wider ones are held in the same way.
 WIDEST = 8192
 
 
 @dataclass(frozen=True)
 class Tile:
-    """Sizes of one tile of similarities and how it is computed; ``programs`` is how many fit on a multiprocessor."""
+    """A tile of similarities and how it is computed.
+
+    Attributes:
+        block_m: Rows.
+        block_n: Columns.
+        block_d: Features multiplied at a time.
+        programs: How many fit on a multiprocessor.
+        maxnreg: Registers of a thread at most, where ptxas, left to itself, spills some so that one program more fits;
+            in kernels that are launched with as many programs as fit, all there are.
+    """
 
     block_m: int
     block_n: int
@@ -36,13 +48,15 @@ class Tile:
     num_warps: int
     num_stages: int
     programs: int = 1
+    maxnreg: int | None = None
 
     def for_gradient(self) -> Tile:
         """The tile where S and its gradient stand side by side: at most 64 columns, or registers would spill."""
         return replace(self, block_n=min(self.block_n, 64))
 
-    def options(self, x: Tensor) -> dict[str, Any]:
-        """Launch arguments of a kernel that computes tiles of the rows of ``x``."""
+    def options(self, x: Tensor, persistent: bool = False) -> dict[str, Any]:
+        """Launch arguments of a kernel that computes tiles of the rows of ``x``; a ``persistent`` one is launched with
+        the programs that fit."""
         return {
             "BLOCK_M": self.block_m,
             "BLOCK_N": self.block_n,
@@ -51,6 +65,7 @@ class Tile:
             "WIDEN": widens(x),
             "num_warps": self.num_warps,
             "num_stages": self.num_stages,
+            **({"maxnreg": _MAXNREG if persistent else self.maxnreg} if self.maxnreg else {}),
         }
 
 
@@ -94,7 +109,7 @@ class Attention:
             "num_warps": self.num_warps,
             "num_stages": self.num_stages,
             # Left to itself ptxas spills a few registers so that one program more fits on a multiprocessor.
-            **({} if self.amd else {"maxnreg": 255}),
+            **({} if self.amd else {"maxnreg": _MAXNREG}),
         }
 
 
@@ -188,7 +203,7 @@ _SM_8X = Table(
     contrastive={
         "half": Tile(128, 128, 32, 8, 4),
         "tf32": Tile(128, 64, 32, 8, 3),
-        "ieee": Tile(64, 64, 32, 8, 2),
+        "ieee": Tile(64, 64, 32, 8, 2, maxnreg=255),
     },
     short=_SHORT,
     long=_LONG,
@@ -200,7 +215,7 @@ _SM_90 = replace(
     contrastive={
         "half": Tile(128, 128, 64, 8, 4),
         "tf32": Tile(128, 128, 32, 8, 4),
-        "ieee": Tile(64, 64, 32, 8, 2),
+        "ieee": Tile(64, 64, 32, 8, 2, maxnreg=128),
     },
     # Products are multiplied out of shared memory.
     long=_LONG
@@ -215,11 +230,11 @@ _SM_100 = replace(
     contrastive={
         "half": Tile(128, 64, 64, 8, 4),
         "tf32": Tile(128, 64, 32, 8, 4),
-        "ieee": Tile(64, 64, 16, 8, 2),
+        "ieee": Tile(64, 64, 16, 8, 2, maxnreg=128),
     },
 )
 # 99 KiB, and the instructions of a warp of sm_80.
-_SM_120 = replace(_SM_8X, contrastive={**_SM_8X.contrastive, "ieee": Tile(64, 64, 16, 8, 2)})
+_SM_120 = replace(_SM_8X, contrastive={**_SM_8X.contrastive, "ieee": Tile(64, 64, 16, 8, 2, maxnreg=128)})
 _CDNA = Table(
     # 64 KiB on gfx942, of which two stages take one buffer.
     contrastive={

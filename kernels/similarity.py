@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from diffgap.kernels._tiles import WORKSPACE_BYTES, blocks, padded, program_slots, tile_product
+from diffgap.kernels._tiles import SIZES, WORKSPACE_BYTES, blocks, padded, program_slots, tile_product
 from diffgap.kernels.configs import Tile, tile_for
 from torch import Tensor
 
@@ -31,7 +31,7 @@ def _scores(
     return tl.where(b_s == b_s, b_s, float("-inf"))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _best_positive_kernel(
     p_q, p_g, p_order_q, p_order_g, p_ids_q, p_ids_g, p_first, p_last, p_best, p_shared, N, M, D,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -67,7 +67,7 @@ def _best_positive_kernel(
     tl.store(p_shared + i_c.to(tl.int64) * N + b_row, b_shared, mask=m_m)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _compare_kernel(
     p_q, p_g, p_target, p_above, p_equal, N, M, D,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -129,7 +129,7 @@ def _decode(keys: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).view(torch.float32), 0xFFFFFFFF - (keys & 0xFFFFFFFF)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _best_of_group_kernel(
     p_q, p_g, p_best, N, M, D, row_blocks, groups,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -144,7 +144,7 @@ def _best_of_group_kernel(
     tl.store(p_best + o_m.to(tl.int64) * groups + i_n, b_best, mask=o_m < N)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _keys_of_groups_kernel(
     p_q, p_g, p_slots, p_keys, N, M, D, row_blocks, groups, slots,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,

@@ -28,7 +28,7 @@ def check(files: Sequence[Path], chips: Sequence[str] = ()) -> int:
     plain = readable(names)
     wrong = [] if names else ["no kernel is found"]
     wrong += [f"{plain[n]}: not compiled for {chip}" for n in names for chip in chips if (n, chip) not in kernels]
-    wrong += [f"{plain[n]} on {c}: {text}" for (n, c), k in sorted(kernels.items()) for text in mistakes(n, c, k)]
+    wrong += [f"{plain[n]} on {c}: {text}" for (n, c), k in sorted(kernels.items()) for text in mistakes(n, k)]
     width = max(map(len, plain.values()), default=0)
     print(f"{'registers':{width}}", *(f"{chip:>7}" for chip in chips))
     for name in names:

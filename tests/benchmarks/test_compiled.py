@@ -70,7 +70,7 @@ def test_every_family_has_every_chip(compiled: ModuleType) -> None:
     assert {case.chip for case in compiled.cases("full", chips=["sm_90"])} == {"sm_90"}
     # Triton refuses TF32 there.
     of_cdna4 = {(case.family, case.dtype) for case in compiled.cases("full", chips=["gfx950"])}
-    assert of_cdna4 == {(x, dtype) for x in compiled.FAMILIES for dtype in ("bf16", "fp32")}
+    assert of_cdna4 == {(x, dtype) for x in compiled.FAMILIES for dtype in ("bf16", "fp16", "fp32")}
 
 
 def test_nvidia_code(compiled: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -164,6 +164,20 @@ def test_counts_by_depth() -> None:
     assert sass.counts_by_depth(LOOPS.replace(product, 7 * product))[0] == outside
     assert outer == sass.LoopCounts(tensor=0, mufu=0, fp32=0, integer=1, load_store=0)
     assert inner == sass.LoopCounts(tensor=7, mufu=0, fp32=1, integer=0, load_store=1)
+
+
+def test_what_waits_behind_the_exit_is_no_loop() -> None:
+    """A wait for a barrier that was not open at first stands behind EXIT, and branches back to what follows it."""
+    waits = """
+.L_x_2:
+        /*0090*/                   SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [R2], R3 ;
+        /*00a0*/              @!P0 BRA `(.L_x_2) ;
+        /*00b0*/                   BRA `(.L_x_1) ;
+"""
+    product = "        /*0040*/                   HMMA.16816.F32.BF16 R8, R12, R16, R8 ;\n"
+    text = LOOPS.replace(product, 7 * product)
+    assert sass.counts_by_depth(text + waits)[1:] == sass.counts_by_depth(text)[1:]
+    assert sass.loop_counts(text + waits) == sass.loop_counts(text)
 
 
 def test_counts_of_amd_by_depth() -> None:

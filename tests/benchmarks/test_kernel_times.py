@@ -30,7 +30,7 @@ KERNELS = (
     replace(ADALN, kernel="adaln_backward/gated/backward"),
     replace(ADALN, kernel="adaln_backward/gated/merge"),
     Modelled("attention", "attention/all/short_forward", "bf16", "16x16x64", "1024x16x16x8x64", "hbm", 1e-5),
-    Modelled("contrastive", "similarity_ranks/ids/compare", "bf16", "512", "4096x50000x512", "tensor", 1e-5),
+    Modelled("contrastive", "similarity_ranks/ids/compare", "bf16", "1024x512", "4096x50000x512", "tensor", 1e-5),
 )
 
 

@@ -24,7 +24,7 @@ NONE = LoopCounts(0, 0, 0, 0, 0)
 Build = Callable[..., Compiled]
 
 
-def on(chip: str, dtype: Any = "bf16", family: str = "contrastive", size: tuple[int, ...] = (512,)) -> Case:
+def on(chip: str, dtype: Any = "bf16", family: str = "contrastive", size: tuple[int, ...] = (1024, 512)) -> Case:
     return Case(family, chip, dtype, size)
 
 
@@ -49,7 +49,7 @@ def test_a_kernel_without_faults(build: Build) -> None:
     assert proof.faults(build()) == ()
     assert proof.faults(build(case=on("sm_90"), tensor="HGMMA")) == ()
     assert proof.faults(build(case=on("gfx950"), tensor="v_mfma")) == ()
-    for merge in ("clip_loss/ids/merge", "clip_loss_backward/logits/gradient"):
+    for merge in ("clip_loss/ids/merge", "clip_loss_backward/diagonal_logits/gradient"):
         assert proof.faults(build(merge, tensor="", tensor_instructions=0, load_bytes=4)) == ()
     assert proof.faults(build(case=on("sm_80", "fp32"), tensor="", tensor_instructions=0)) == ()
 
@@ -77,7 +77,7 @@ def test_a_kernel_without_faults(build: Build) -> None:
 def test_faults(build: Build, case: Case, changes: dict[str, Any], fault: str) -> None:
     (line,) = proof.complaints([proof.row_of(build(case=case, **changes))])
     head, _, said = line.partition("): ")
-    assert head == f"clip_loss/diagonal/forward on {case.chip}, {case.dtype} 512 ({build().config}"
+    assert head == f"clip_loss/diagonal/forward on {case.chip}, {case.dtype} 1024x512 ({build().config}"
     assert re.fullmatch(fault, said), said
 
 
@@ -105,6 +105,9 @@ def test_pipes_of_a_kernel_by_hand(build: Build) -> None:
     # 16 bytes a lane in the product's loop, four clocks of 128 bytes a warp.
     assert pipes["load/store"] == pytest.approx(warps * 15 * 4 * 4 / clocks)
     assert pipes["l2"] == pytest.approx(1 / A100.clock) and pipes["launch"] == 2 * 2.5e-6
+    # Loops without products may stand within others, or beside the products' own.
+    beside = kernel_of(build(counts=(*counts, replace(NONE, load_store=2))), Work("", 1080, (3, 5), 1.0), A100)
+    assert beside.load_store_clocks == warps * (15 * 4 * 4 + 15 * 2)
     # Without a tensor core the products are among the instructions; elsewhere a load has 4 bytes a lane.
     plain = kernel_of(build(counts=counts, tensor="", tensor_instructions=0), Work("", 1080, (3, 5)), A100)
     assert plain.flops == 0.0 and plain.pipes(A100)["load/store"] == pytest.approx(warps * 15 * 4 / clocks)
@@ -126,9 +129,17 @@ def test_work_of_the_losses_by_hand(build: Build) -> None:
     # Macro tiles of 64 MiB have 5760 columns, and as many rows as fit.
     assert gradient.trips == (16.0,) and gradient.programs == 64 * 128 and gradient.flops == work.flops
     assert gradient.launches == 4 and gradient.hbm == 2 * pairs + side * 3
-    kept = work_of(build("clip_loss_backward/logits/gradient"), A100)
+    kept = work_of(build("clip_loss_backward/diagonal_logits/gradient"), A100)
     assert (kept.flops, kept.trips, kept.hbm) == (0.0, (), (4 + 2) * pairs)
     assert work_of(build("siglip_loss/diagonal/pairs"), A100).hbm == side * 3
+    # With logits to keep a tile has 64 columns, of which there are twice as many; they are written once.
+    keeps = work_of(build("clip_loss/diagonal_logits/forward"), A100)
+    assert (keeps.programs, keeps.trips, keeps.flops) == (100, (12.8, 6.4, 16.0), work.flops)
+    assert keeps.hbm == 2 * side + 4 * pairs
+    # As many tiles for a row less.
+    odd = work_of(build(case=on("sm_80", size=(1001, 512))), A100)
+    assert (odd.shape, odd.trips, odd.flops) == ("8191x512", work.trips, work.flops)
+    assert odd.hbm == 2 * 8191 * 512 * 2
 
 
 def test_work_of_retrieval_by_hand(build: Build) -> None:
@@ -249,7 +260,7 @@ def test_the_proof_without_nvcc_says_so(
     code, asked = run(build, monkeypatch, "--chip", "sm_90", "--kernel", "q_sample", "clip_loss", "--size", "ci")
     assert code == 0 and {case.family for case in asked} == {"contrastive"}
     printed = capsys.readouterr()
-    assert "6 kernels, without the CUDA kernels (nothing is compiled here, which takes nvcc), 0 faults" in printed.out
+    assert "12 kernels, without the CUDA kernels (nothing is compiled here, which takes nvcc), 0 faults" in printed.out
     assert "proof: without the CUDA kernels" in printed.err
 
 
@@ -274,12 +285,15 @@ def test_main_prints_and_writes(
     argv = ("--chip", "sm_90", "sm_80", "--kernel", "clip_loss", "--json", str(path), "--page")
     code, asked = run(build, monkeypatch, *argv)
     assert code == 0
-    assert [(case.chip, case.dtype) for case in asked] == [
-        (chip, dtype) for chip in ("sm_90", "sm_80") for dtype in ("bf16", "fp32", "tf32")
+    assert [(case.chip, case.dtype, case.size[0]) for case in asked] == [
+        (chip, dtype, rows)
+        for chip in ("sm_90", "sm_80")
+        for dtype in ("bf16", "fp16", "fp32", "tf32")
+        for rows in (1024, 1001)
     ]
     printed = capsys.readouterr().out
     assert path.with_suffix(".md").read_text(encoding="utf-8").strip() == printed.strip()
-    assert "12 kernels, 0 faults." in printed and "No GPU has run any of this" in printed and "measured" not in printed
+    assert "32 kernels, 0 faults." in printed and "No GPU has run any of this" in printed and "measured" not in printed
     assert "## contrastive on sm_90 (compiled; times modelled on H100-SXM5-80GB)" in printed
     assert "--json proof.json --page`" in printed and str(tmp_path) not in printed
     rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
@@ -287,7 +301,7 @@ def test_main_prints_and_writes(
     assert all(row["kind"] == "compiled" and row["modelled_s"] > 0 for row in rows)
     page = (tmp_path / "docs.md").read_text(encoding="utf-8")
     assert "`benchmarks/results/proof.json`" in page
-    assert page.count("| clip_loss/diagonal/forward | sm_80 | 3 |") == 1 and "similarity" not in page
+    assert page.count("| clip_loss/diagonal/forward | sm_80 | 8 |") == 1 and "similarity" not in page
     assert len(list(tmp_path.iterdir())) == 3
 
 
@@ -304,12 +318,20 @@ def test_main_fails_by_name(build: Build, monkeypatch: pytest.MonkeyPatch, capsy
     assert code == 1
     printed = capsys.readouterr()
     assert "Of sizes that share a configuration one is compiled" in printed.out
-    line = f"similarity_ranks/ids/compare on sm_80, bf16 512 ({build().config}): spills 12 bytes a thread"
-    assert f"proof: {line}" in printed.err and f"- {line}" in printed.out and "3 kernels, 3 faults:" in printed.out
+    line = f"similarity_ranks/ids/compare on sm_80, bf16 1024x512 ({build().config}): spills 12 bytes a thread"
+    assert f"proof: {line}" in printed.err and f"- {line}" in printed.out and "6 kernels, 6 faults:" in printed.out
 
 
 @pytest.mark.parametrize(
-    "argv", [["--chip", "sm_70"], ["--kernel", "flash"], ["--json", "proof.txt"], ["--page"], ["--size", "tiny"]]
+    "argv",
+    [
+        ["--chip", "sm_70"],
+        ["--kernel", "flash"],
+        ["--json", "proof.txt"],
+        ["--page"],
+        ["--size", "tiny"],
+        ["--jobs", "0"],
+    ],
 )
 def test_main_rejects_what_it_does_not_know(argv: list[str]) -> None:
     with pytest.raises(SystemExit) as stopped:

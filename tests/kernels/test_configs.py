@@ -85,12 +85,12 @@ def test_adaln_rows_hold_their_features(chip: str) -> None:
 def test_every_row_is_compiled_in_the_proof(chip: str) -> None:
     of_chip = cases("full", chips=[chip])
     sizes = {
-        (family, PRODUCTS[dtype]): [case.size for case in of_chip if (case.family, case.dtype) == (family, dtype)]
+        (family, product): {case.size for case in of_chip if (case.family, PRODUCTS[case.dtype]) == (family, product)}
         for family in FAMILIES
-        for dtype in PRODUCTS
+        for product in products(chip)
     }
     for product in products(chip):
-        assert sizes["contrastive", product] == [(512,)]
+        assert sizes["contrastive", product] == {(1024, 512), (1001, 512)}
         for which in get_args(Pass):
             listed = {attention_config(chip, product, *size, which) for size in sizes["attention", product]}
             shipped = {
@@ -99,15 +99,15 @@ def test_every_row_is_compiled_in_the_proof(chip: str) -> None:
                 for n_k in LENGTHS
                 for d in (64, 128)
             }
-            assert shipped == listed
+            assert shipped <= listed
     for product in ("half", "ieee"):
-        assert [width for (width,) in sizes["adaln", product]] == list(CONFIGS[chip].adaln)
+        assert sorted({width for (width,) in sizes["adaln", product]}) == list(CONFIGS[chip].adaln)
 
 
 @pytest.mark.parametrize("chip", CHIPS)
 def test_ci_compiles_every_row_that_has_other_values(chip: str) -> None:
     table, of_chip = CONFIGS[chip], cases("ci", chips=[chip])
-    assert set(of_chip) < set(cases("full", chips=[chip]))
+    assert {case[:4] for case in of_chip} < {case[:4] for case in cases("full", chips=[chip])}
     for product in products(chip):
         of_product = [case for case in of_chip if PRODUCTS[case.dtype] == product]
         sizes = [case.size for case in of_product if case.family == "attention"]

@@ -119,25 +119,33 @@ def test_cuda_check_refuses_loads_of_single_elements() -> None:
     wide = ["LDG.E.128", "LDG.E.64", "STG.E.128"]
     name = "_Z4copyI6__halfLb1ELb0EEvPT_"
     assert nvcc.is_vector(name) and not nvcc.is_vector("_Z4copyI6__halfLb0ELb1EEvPT_")
-    assert nvcc.mistakes(name, "sm_90", nvcc.Kernel(32, 0, 0, wide)) == []
+    assert nvcc.mistakes(name, nvcc.Kernel(32, 0, 0, wide)) == []
     for narrow in ("LDG.E.U16", "STG.E.64", "STG.E"):
-        (text,) = nvcc.mistakes(name, "sm_90", nvcc.Kernel(32, 0, 0, [*wide, narrow]))
+        (text,) = nvcc.mistakes(name, nvcc.Kernel(32, 0, 0, [*wide, narrow]))
         assert f"by {narrow} instead" in text
-    (text,) = nvcc.mistakes(name, "sm_90", nvcc.Kernel(32, 0, 0, ["LDG.E.128"]))
+    (text,) = nvcc.mistakes(name, nvcc.Kernel(32, 0, 0, ["LDG.E.128"]))
     assert "no store" in text
 
 
-@pytest.mark.parametrize(("chip", "limit"), [("sm_80", 49152), ("sm_90", 50176), ("sm_90a", 50176), ("sm_120", 50176)])
 def test_cuda_check_refuses_more_shared_memory_than_a_block_gets(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], chip: str, limit: int
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     module = load()
-    for taken, wrong in ((limit, 0), (limit + 1, 1)):
-        kernels = {("plain", chip): nvcc.Kernel(32, taken, 0, [])}
+    for taken, wrong in ((49152, 0), (49153, 1)):
+        kernels = {("plain", "sm_90"): nvcc.Kernel(32, taken, 0, [])}
         monkeypatch.setattr(module, "read_kernels", lambda file, kernels=kernels: kernels)
         assert module.check([Path("fake")]) == wrong
-    said = f"cuda-check: plain on {chip}: takes {limit + 1} bytes of shared memory, and a block gets {limit}\n"
+    said = "cuda-check: plain on sm_90: takes 49153 bytes of shared memory, and a block gets 49152\n"
     assert capsys.readouterr().err == said
+
+
+@pytest.mark.parametrize(("chip", "system"), [("sm_80", 0), ("sm_90", 1024), ("sm_90a", 1024), ("sm_120", 1024)])
+def test_shared_memory_of_the_system_is_not_the_kernels(
+    monkeypatch: pytest.MonkeyPatch, chip: str, system: int
+) -> None:
+    usage = {"--dump-resource-usage": " Function plain:\n  REG:32 STACK:0 SHARED:1408 LOCAL:0 TEXTURE:0\n"}
+    monkeypatch.setattr(nvcc, "_dump", lambda file, option: {chip: usage.get(option, "")})
+    assert nvcc.read_kernels(Path("fake"))["plain", chip].shared_bytes == 1408 - system
 
 
 def test_cuda_check_without_nvcc_says_so_in_one_line_and_passes(tmp_path: Path) -> None:
