@@ -64,7 +64,7 @@ class TrainConfig:
     max_grad_norm: float = 1.0
     """Gradients are clipped to this norm."""
     ema_decay: float = 0.995
-    """Decay per step of the weight average that is validated and saved; less at first, (1 + step) / (10 + step)."""
+    """Decay per step of the weight average that is validated and saved; at most exp(-3 / steps)."""
     eval_every: int = 400
     """Steps between validations."""
     patience: int = 0

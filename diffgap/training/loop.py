@@ -118,7 +118,7 @@ class TrainingLoop(ABC, Generic[Model]):
             model.parameter_groups(train.weight_decay), lr=train.learning_rate, betas=(0.9, 0.99)
         )
         self.own = model
-        self.ema = AveragedModel(model, multi_avg_fn=_moving_average(train))
+        self.ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(ema_decay(train)))
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
 
     @property
@@ -316,15 +316,6 @@ class TrainingLoop(ABC, Generic[Model]):
                     state=asdict(progress) | {"scaler": {} if scaler is None else scaler.state_dict()},
                 )
         self.accelerator.wait_for_everyone()
-
-
-def _moving_average(train: TrainConfig) -> Callable[[Any, Any, Tensor | int], None]:
-    """The update of an average of weights, in place. Its number of updates is part of a checkpoint of the average."""
-
-    def update(averaged: Any, current: Any, updates: Tensor | int) -> None:
-        get_ema_multi_avg_fn(ema_decay(int(updates), train))(averaged, current, updates)
-
-    return update
 
 
 def _accelerator(train: TrainConfig, folder: Path, *, find_unused: bool) -> Accelerator:

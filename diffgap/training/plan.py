@@ -34,13 +34,13 @@ def learning_rate_factor(step: int, config: TrainConfig, head_steps: int = 0) ->
     return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
-def ema_decay(step: int, config: TrainConfig) -> float:
-    """Decay of the weight average after ``step`` updates of it: min(``config.ema_decay``, (1 + step) / (10 + step)).
+def ema_decay(config: TrainConfig) -> float:
+    """Decay of the average of the weights, a step: min(``config.ema_decay``, exp(-3 / ``config.steps``)).
 
-    The first weights then leave the average of a short run too, of which a constant decay d keeps a share d^steps. The
-    rule is that of TensorFlow's ``tf.train.ExponentialMovingAverage(decay, num_updates)``.
+    An average of decay d still holds a share d^steps of the weights that the run began with, which is at most exp(-3) =
+    5% so. Only runs that are shorter than 3 / (1 - d) steps, about, have another decay than asked for.
     """
-    return min(config.ema_decay, (1 + step) / (10 + step))
+    return min(config.ema_decay, math.exp(-3 / config.steps))
 
 
 @lru_cache(maxsize=2)

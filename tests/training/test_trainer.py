@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import socket
@@ -254,10 +255,9 @@ def test_learning_rate_factor() -> None:
 
 
 def test_the_average_forgets_its_first_weights(tmp_path: Path) -> None:
-    """As by the rule of TensorFlow, min(decay, (1 + n) / (10 + n))."""
-    config = TrainConfig(ema_decay=0.5)
-    assert [ema_decay(step, config) for step in (0, 1, 7, 8, 9, 1000)] == [0.1, 2 / 11, 8 / 17, 0.5, 0.5, 0.5]
-    assert ema_decay(10**6, TrainConfig()) == TrainConfig().ema_decay
+    assert ema_decay(TrainConfig()) == ema_decay(TrainConfig(steps=600)) == 0.995
+    short = TrainConfig(steps=40)
+    assert ema_decay(short) ** 40 == pytest.approx(math.exp(-3)) and ema_decay(short) < 0.995
 
     trainer = Trainer(make_config("memory"), make_store(), tmp_path / "run", validate=constant)
     weight, average = trainer.own.logit_scale, trainer.ema.module.logit_scale
@@ -266,7 +266,7 @@ def test_the_average_forgets_its_first_weights(tmp_path: Path) -> None:
         with torch.no_grad():
             weight.fill_(update)
         trainer.ema.update_parameters(trainer.own)
-        decay = (1 + update) / (10 + update) if update else 0.0  # the first weights are copied
+        decay = ema_decay(trainer.config.train) if update else 0.0  # the first weights are copied
         expected = decay * expected + (1 - decay) * update
         assert average.item() == pytest.approx(expected, rel=1e-5)
 
