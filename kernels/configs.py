@@ -39,7 +39,7 @@ class Tile:
         block_d: Features multiplied at a time.
         programs: How many fit on a multiprocessor.
         maxnreg: Registers of a thread at most, where ptxas, left to itself, spills some so that one program more fits;
-            in kernels that are launched with as many programs as fit, all there are.
+            in kernels that are launched with as many programs as fit, nearly all there are.
     """
 
     block_m: int
@@ -65,7 +65,8 @@ class Tile:
             "WIDEN": widens(x),
             "num_warps": self.num_warps,
             "num_stages": self.num_stages,
-            **({"maxnreg": _MAXNREG if persistent else self.maxnreg} if self.maxnreg else {}),
+            # With the most that there can be ptxas moves so much ahead that it spills.
+            **({"maxnreg": _MAXNREG - 15 if persistent else self.maxnreg} if self.maxnreg else {}),
         }
 
 
