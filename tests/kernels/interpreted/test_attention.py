@@ -24,7 +24,8 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 # Of the tests that put NaN and infinities in.
 pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|All-NaN):RuntimeWarning")
 
-# (B, N_q, N_k, H, d). Pairs that share a tile, pairs too few for the last one, and widths of more than one chunk.
+# (B, N_q, N_k, H, d). Pairs that share a tile, pairs too few for the last one, widths of more than one chunk, and widths
+# that 8 does not divide.
 SHORT_SHAPES = [
     (2, 1, 1, 2, 24),
     (5, 4, 4, 3, 16),
@@ -34,8 +35,9 @@ SHORT_SHAPES = [
     (1, 17, 33, 2, 128),
     (2, 33, 3, 2, 24),
     (1, 64, 64, 1, 40),
+    (2, 5, 6, 2, 7),
 ]
-LONG_SHAPES = [(1, 77, 77, 1, 40), (2, 9, 100, 1, 24), (1, 70, 5, 2, 80), (1, 257, 130, 1, 16)]
+LONG_SHAPES = [(1, 77, 77, 1, 40), (2, 9, 100, 1, 24), (1, 70, 5, 2, 80), (1, 257, 130, 1, 16), (1, 70, 66, 2, 13)]
 
 
 def config(q: Tensor, k: Tensor) -> Attention:
@@ -178,6 +180,16 @@ def test_attention_takes_any_strides(n: int) -> None:
     assert torch.equal(attention(odd, transposed, strided), attention(x["q"], x["k"], x["v"]))
     one = x["k"][:1, :1].expand(2, n, 2, 24)
     assert_close_to_oracle(attention(x["q"], one, one), oracle(x["q"].double(), one.double(), one.double()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_only_rows_that_are_not_aligned_are_copied(dtype: torch.dtype) -> None:
+    aligned, shifted = (torch.randn(1 + 2 * 5 * 3 * 16).to(dtype)[first:][:480].view(2, 5, 3, 16) for first in (0, 1))
+    narrow = aligned[..., :8]
+    for x, copied in ((aligned, False), (narrow, False), (shifted, True), (aligned[..., 1:9], True)):
+        (rows,), (strides,) = kernels._addressed(x)
+        assert torch.equal(rows, x) and (rows is not x) == copied
+        assert rows.data_ptr() % 16 == 0 and strides == tuple(stride // 8 for stride in rows.stride()[:3])
 
 
 @pytest.mark.parametrize("n", [5, 70])
