@@ -24,8 +24,8 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 # Of the tests that put NaN and infinities in.
 pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|All-NaN):RuntimeWarning")
 
-# (B, N_q, N_k, H, d). Pairs that share a tile, pairs too few for the last one, widths of more than one chunk, and widths
-# that 8 does not divide.
+# (B, N_q, N_k, H, d). Pairs that share a tile, pairs too few for the last one, widths of more than one chunk, and a
+# width that 8 does not divide.
 SHORT_SHAPES = [
     (2, 1, 1, 2, 24),
     (5, 4, 4, 3, 16),
