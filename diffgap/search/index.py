@@ -30,7 +30,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from diffgap._files import atomic_folder, check_writable
-from diffgap.data.store import EmbeddingStore
+from diffgap.data.store import SPLITS, EmbeddingStore
 from diffgap.models.bridge import DiffGAP
 from diffgap.models.scoring import Encoded
 from diffgap.retrieval.tasks import EncodedPair, directions, encode_pairs, rank
@@ -96,6 +96,8 @@ class Meta:
                     if not isinstance(content[name], kind):
                         raise TypeError(f"{name} is {content[name]!r}")
                 check_kind(content["kind"])
+                if content["split"] not in (*SPLITS, "all"):
+                    raise ValueError(f"split is {content['split']!r}")
                 return cls(**{**content, "data": RunConfig.from_dict({"data": content["data"]}, str(path)).data})
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise ValueError(f"{path} is damaged ({type(error).__name__}); build the index again") from error
