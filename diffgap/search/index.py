@@ -19,7 +19,8 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -161,7 +162,8 @@ class SearchIndex:
                     f"run was given, but {path} was built without one; build it again: diffgap index {run}"
                 )
             meta = replace(meta, run=str(run.resolve()))
-        opened = open_store(meta.data, meta.split)
+        with _named_by(path):
+            opened = open_store(meta.data, meta.split)
         if meta.modality not in opened.modalities or meta.store_fingerprint != store_fingerprint(opened, meta.modality):
             raise ValueError(
                 f"{path} was not built from store {meta.data.path} as it is now; build it again with --overwrite, or "
@@ -169,7 +171,8 @@ class SearchIndex:
             )
         bridge = None
         if meta.run is not None:
-            bridge = load_run(Path(meta.run))[0]
+            with _named_by(path):
+                bridge = load_run(Path(meta.run))[0]
             if run_fingerprint(Path(meta.run)) != meta.run_fingerprint:
                 raise ValueError(
                     f"{path} was not built with run {meta.run} as it is now; build it again with --overwrite, or name "
@@ -310,6 +313,17 @@ def build_index(
         meta = replace(meta, options=used)
         meta.save(folder / "meta.json")
     return meta
+
+
+@contextmanager
+def _named_by(path: Path) -> Iterator[None]:
+    """What is wrong with a store or a run, with the index that names it."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{path}: {error}") from error
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def open_store(data: DataConfig, split: str = "all") -> EmbeddingStore:
