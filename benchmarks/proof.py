@@ -26,7 +26,7 @@ import torch
 import triton
 from diffgap.kernels.configs import is_amd
 
-from benchmarks.aot import TARGETS
+from benchmarks.aot import TARGETS, TORCH
 from benchmarks.compiled import FAMILIES, MULTIPROCESSORS, Case, Compiled, cases, compile_case
 from benchmarks.cuda_kernels import found_in
 from benchmarks.gpus import OF_CHIP
@@ -135,9 +135,16 @@ def faults(compiled: Compiled) -> tuple[str, ...]:
         )
     if not wanted and code.tensor:
         found.append(f"multiplies by {code.tensor}, which rounds its operands")
-    if multiplies(compiled) and code.load_bytes < 16:
-        found.append(f"loads {code.load_bytes} bytes a thread at most, instead of 16")
+    if multiplies(compiled) and code.load_bytes < (wanted_bytes := _operand_bytes(compiled)):
+        found.append(f"loads {code.load_bytes} bytes a thread at most, instead of {wanted_bytes}")
     return tuple(found)
+
+
+def _operand_bytes(compiled: Compiled) -> int:
+    """What a thread can load at a time of a tile of operands, all of which have a share: 16 bytes, or its share."""
+    sizes = {name: int(size) for name, size in (part.split("=") for part in compiled.config.split())}
+    tile = min(sizes["BLOCK_M"], sizes["BLOCK_N"]) * sizes["BLOCK_D"] * TORCH[compiled.case.dtype].itemsize
+    return min(16, tile // (compiled.warps * (64 if is_amd(compiled.case.chip) else 32)))
 
 
 def row_of(compiled: Compiled) -> Row:

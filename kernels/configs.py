@@ -233,9 +233,21 @@ _SM_100 = replace(
         "tf32": Tile(128, 64, 32, 8, 4),
         "ieee": Tile(64, 64, 16, 8, 2, maxnreg=128),
     },
+    # With 32 columns at a time a d of 32 spills.
+    short=_SHORT | {("ieee", 16, False): Short(16, 2)},
 )
 # 99 KiB, and the instructions of a warp of sm_80.
-_SM_120 = replace(_SM_8X, contrastive={**_SM_8X.contrastive, "ieee": Tile(64, 64, 16, 8, 2, maxnreg=128)})
+_SM_120 = replace(
+    _SM_8X,
+    contrastive={**_SM_8X.contrastive, "ieee": Tile(64, 64, 16, 8, 2, maxnreg=128)},
+    # Masks of columns, of a d that is no power of two, take registers.
+    long=_LONG
+    | {
+        ("half", "forward", False): Attention(64, 32, 64, 4, 2),
+        ("half", "forward", True): Attention(128, 32, 128, 8, 1),
+        ("half", "backward", False): Attention(64, 32, 64, 8, 1),
+    },
+)
 _CDNA = Table(
     # 64 KiB on gfx942, of which two stages take one buffer.
     contrastive={
@@ -253,7 +265,9 @@ _CDNA = Table(
     # As many rows as there is no spill with.
     long={
         **{("half", "forward", wide): Attention(64, 64, 128, 4, 2) for wide in (False, True)},
-        **{("half", "backward", wide): Attention(64, 32, 128, 4, 2) for wide in (False, True)},
+        # With two stages a d of 32 spills.
+        ("half", "backward", False): Attention(64, 32, 128, 4, 1),
+        ("half", "backward", True): Attention(64, 32, 128, 4, 2),
         **{
             (product, "forward", wide): Attention(64, 32, 128, 4, 2)
             for product in ("tf32", "ieee")

@@ -92,6 +92,14 @@ def test_small_tiles_of_attention_are_multiplied_by_warps(build: Build, rows: in
     assert proof.tensor_instructions(replace(kernel, case=case._replace(dtype="fp32"))) == set()
 
 
+def test_a_tile_without_16_bytes_for_each_thread_is_loaded_by_its_shares(build: Build) -> None:
+    """256 threads have 8 of the 2,048 bytes of 32 rows of 16 numbers."""
+    case = on("sm_80", "fp32", "attention", (256, 256, 16))
+    for loaded, said in ((8, ()), (4, ("loads 4 bytes a thread at most, instead of 8",))):
+        kernel = build("attention/all/long_forward", case, tensor="", tensor_instructions=0, load_bytes=loaded)
+        assert proof.faults(replace(kernel, config="BLOCK_M=32 BLOCK_N=32 BLOCK_D=16 CHUNK=16 warps=8")) == said
+
+
 def test_pipes_of_a_kernel_by_hand(build: Build) -> None:
     """1,080 programs of 8 warps: 3 turns of the outer loop, 5 of the inner one in each."""
     counts = (replace(NONE, mufu=7), replace(NONE, fp32=2, integer=1), LoopCounts(8, 1, 0, 0, 4))

@@ -108,7 +108,11 @@ def made_up(compiles: Callable[[Short], int | None], proposals: Sequence[Short],
             raise RuntimeError("out of resource: shared memory")
         code = Code(64, spilled, 1024, "HMMA", 8, 16, 16, 16)
         case = Case("attention", "sm_80", "bf16", (16, 16, 64))
-        return [Compiled(case, "attention/all/short_forward", "BLOCK_M=16", code, 2, (), 4, "registers")]
+        return [
+            Compiled(
+                case, "attention/all/short_forward", "BLOCK_M=16 BLOCK_N=16 BLOCK_D=64", code, 2, (), 4, "registers"
+            )
+        ]
 
     def launches(config: Short) -> dict[str, Callable[[], Any]]:
         return {"attention": lambda: (results[config], torch.zeros(0), torch.ones(2, dtype=torch.int32))}
