@@ -42,7 +42,7 @@ def forward(
     output = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty((0,) if short else (b, h, n_q), dtype=torch.float32, device=q.device)
     if output.numel() == 0 or n_k == 0:
-        return output[..., :features].zero_(), lse.fill_(-torch.inf)
+        return output[..., :features].contiguous().zero_(), lse.fill_(-torch.inf)
     config = config or _config(q, k, "forward")
     (q, k, v), strides = _addressed(q, k, v)
     _, output_strides = _addressed(output)

@@ -25,6 +25,9 @@ SHORT = 64
 #: Registers of a thread at most.
 _MAXNREG = 255
 
+#: Of a kernel that is launched with as many programs as fit: with all of them ptxas moves so much ahead that it spills.
+_PERSISTENT_MAXNREG = 240
+
 #: Features of the widest row of the tables of adaln; wider ones are held in the same way.
 WIDEST = 8192
 
@@ -65,8 +68,7 @@ class Tile:
             "WIDEN": widens(x),
             "num_warps": self.num_warps,
             "num_stages": self.num_stages,
-            # With the most that there can be ptxas moves so much ahead that it spills.
-            **({"maxnreg": _MAXNREG - 15 if persistent else self.maxnreg} if self.maxnreg else {}),
+            **({"maxnreg": _PERSISTENT_MAXNREG if persistent else self.maxnreg} if self.maxnreg else {}),
         }
 
 
