@@ -175,7 +175,9 @@ def test_what_waits_behind_the_exit_is_no_loop() -> None:
         /*00b0*/                   BRA `(.L_x_1) ;
 """
     product = "        /*0040*/                   HMMA.16816.F32.BF16 R8, R12, R16, R8 ;\n"
-    text = LOOPS.replace(product, 7 * product)
+    after = "        /*0078*/                   FADD R8, R8, R9 ;\n        /*0080*/                   EXIT ;"
+    text = LOOPS.replace(product, 7 * product).replace("        /*0080*/                   EXIT ;", after)
+    assert sass.counts_by_depth(text)[0].fp32 == 1
     assert sass.counts_by_depth(text + waits)[1:] == sass.counts_by_depth(text)[1:]
     assert sass.loop_counts(text + waits) == sass.loop_counts(text)
 
