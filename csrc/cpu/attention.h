@@ -51,12 +51,31 @@ class Scratch {
   float* next_;
 };
 
+// term(0) + ... + term(count - 1). Four sums side by side, which hides the latency of an addition, of no more than 16
+// terms each: the rounding of a longer one, whose terms may be alike, would grow with their number.
+template <int lanes, typename Term>
+DIFFGAP_HD typename Registers<lanes>::Vector sum_of(int count, const Term& term) {
+  using Vector = typename Registers<lanes>::Vector;
+  constexpr int kSums = 4, kChunk = 16 * kSums;
+  Vector total = {};
+  for (int begin = 0; begin < count; begin += kChunk) {
+    const int end = std::min(begin + kChunk, count);
+    Vector sum[kSums] = {};
+    int j = begin;
+    for (; j + kSums <= end; j += kSums) {
+#pragma GCC unroll 4
+      for (int i = 0; i < kSums; ++i) sum[i] += term(j + i);
+    }
+    for (; j < end; ++j) sum[0] += term(j);
+    total += (sum[0] + sum[1]) + (sum[2] + sum[3]);
+  }
+  return total;
+}
+
 // exp(S^T - column maximum) / column sum, in place.
 template <int lanes>
 struct SoftmaxColumns {
   using Vector = typename Registers<lanes>::Vector;
-  // A long sum is one of sums.
-  static constexpr int kChunk = 256;
 
   static DIFFGAP_HD void run(float* s, int keys, int width) {
     const Vector zeros = {};
@@ -67,13 +86,9 @@ struct SoftmaxColumns {
       Vector largest = zeros - kInfinity;
       for (int j = 0; j < keys; ++j) largest = row(j) > largest ? row(j) : largest;
       const Vector shift = largest == -kInfinity ? zeros : largest;
-      Vector total = zeros;
-      for (int begin = 0; begin < keys; begin += kChunk) {
-        const int end = std::min(begin + kChunk, keys);
-        Vector sum = zeros;
-        for (int j = begin; j < end; ++j) sum += row(j) = exp_nonpositive(row(j) - shift);
-        total += sum;
-      }
+      const Vector total = sum_of<lanes>(keys, [&](int j) __attribute__((always_inline)) {
+        return row(j) = exp_nonpositive(row(j) - shift);
+      });
       // Zero where nothing attends.
       const Vector factor = total == 0.0f ? zeros : 1.0f / total;
       for (int j = 0; j < keys; ++j) row(j) *= factor;

@@ -18,11 +18,10 @@ struct LogitGradients {
   static DIFFGAP_HD void run(const float* p, float* dp, int keys, int width, float scale) {
     using Vector = typename Registers<lanes>::Vector;
     for (int column = 0; column < width; column += lanes) {
-      Vector total = {};
-      for (int j = 0; j < keys; ++j) {
+      const Vector total = sum_of<lanes>(keys, [&](int j) __attribute__((always_inline)) {
         const int64_t at = static_cast<int64_t>(j) * width + column;
-        total += *reinterpret_cast<const Vector*>(p + at) * *reinterpret_cast<const Vector*>(dp + at);
-      }
+        return *reinterpret_cast<const Vector*>(p + at) * *reinterpret_cast<const Vector*>(dp + at);
+      });
       for (int j = 0; j < keys; ++j) {
         const int64_t at = static_cast<int64_t>(j) * width + column;
         Vector& gradient = *reinterpret_cast<Vector*>(dp + at);

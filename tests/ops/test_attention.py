@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from diffgap.ops._native import CPU_MISSING
+from tests.attention_terms import attention_terms
 from tests.helpers import assert_close_to_oracle
 from tests.ops.routes import ROUTES, take
 
@@ -137,6 +138,22 @@ def test_attention_accuracy(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     ours, torchs = (outputs_and_gradients(f, arguments) for f in (attention, oracle))
     assert {x.dtype for x in ours} == {dtype}
     assert_all_close(ours, exact, torchs)
+
+
+def assert_alike_keys_leave_rounding(keys: int) -> None:
+    """No attention weight matters then: of the queries' gradient, rounding remains, which may not add up over keys."""
+    arguments = {name: inputs(2, 3, keys, 2, 24)[name] for name in "qkv"}
+    arguments |= {name: arguments[name][:, :1].repeat(1, keys, 1, 1) for name in "kv"}
+    _, gradient, *_ = outputs_and_gradients(attention, arguments)
+    grad = torch.randn(2, 3, 2, 24, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    terms = attention_terms(**arguments, grad=grad, scale=24**-0.5)
+    assert gradient.norm() <= 4 * torch.finfo(torch.float32).eps * terms["q"]
+
+
+@pytest.mark.parametrize("keys", [63, 130, 1000])
+@pytest.mark.usefixtures("route")
+def test_attention_of_keys_that_are_alike(keys: int) -> None:
+    assert_alike_keys_leave_rounding(keys)
 
 
 @pytest.mark.usefixtures("route")
@@ -351,7 +368,7 @@ def threads() -> Iterator[Callable[[int], None]]:
 @pytest.mark.parametrize("isa", ["avx512", "avx2", "baseline"])
 def test_attention_of_every_instruction_set(isa: str) -> None:
     """The instruction set is chosen once a process."""
-    selected = "test_attention_matches_torch or test_attention_accuracy or strid or hold or extreme"
+    selected = "test_attention_matches_torch or test_attention_accuracy or alike or strid or hold or extreme"
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
     done = subprocess.run(
         [*command, "-k", f"native and ({selected})"],

@@ -14,7 +14,15 @@ from torch import Tensor
 
 from diffgap.ops import _dispatch
 from tests.helpers import assert_close_to_oracle
-from tests.ops.test_attention import OPTIONS, assert_all_close, doubled, inputs, oracle, outputs_and_gradients
+from tests.ops.test_attention import (
+    OPTIONS,
+    assert_alike_keys_leave_rounding,
+    assert_all_close,
+    doubled,
+    inputs,
+    oracle,
+    outputs_and_gradients,
+)
 
 definition = importlib.import_module("diffgap.ops.attention")
 attention = definition.attention
@@ -158,6 +166,11 @@ def test_attention_of_extreme_logits(n: int, dtype: torch.dtype) -> None:
     assert all(torch.isfinite(a).all() for a in actual)
     # float32 logits of 1e4 are known to 1e-3, so their exponentials are too.
     torch.testing.assert_close(actual[0].double(), oracle(**wide), rtol=0, atol=2e-2)
+
+
+@pytest.mark.parametrize("keys", [7, 33, 130])
+def test_attention_of_keys_that_are_alike(keys: int) -> None:
+    assert_alike_keys_leave_rounding(keys)
 
 
 @pytest.mark.parametrize("n", [4, 20, 70])
