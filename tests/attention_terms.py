@@ -30,14 +30,14 @@ def attention_terms(
 
     Args:
         q: (B, N_q, H, d); k and v, (B, N_k, H, d), and grad, of q's shape, alike.
-        grad: The gradient of the output.
+        grad: The gradient of the output. What is not finite in keys and values has to be hidden.
         scale: s.
         q_weight: (d,), if queries are normed; ``k_weight`` likewise.
         hidden: Pairs that do not attend, broadcast against (B, H, N_q, N_k).
     """
     normed, sizes = {}, {}
     for name, x, weight in (("q", q, q_weight), ("k", k, k_weight)):
-        x = x.double().transpose(1, 2)
+        x = x.double().nan_to_num().transpose(1, 2)
         rms = torch.ones_like(x[..., :1]) if weight is None else (x.square().mean(-1, keepdim=True) + EPS).sqrt()
         normed[name] = x / rms if weight is None else x / rms * weight.double()
         sizes[name] = (x.abs() / rms, (1.0 if weight is None else weight.double().abs()) / rms)

@@ -42,7 +42,9 @@ def test_attention(data: Any, dtype: torch.dtype, batch: int, queries: int, keys
         given |= {name: given[name].masked_fill(hidden, torch.nan) for name in ("k", "v")}
     # A single number is its own norm: the gradient of x / |x| is nothing but rounding.
     normed = given["q_weight"] is not None or given["k_weight"] is not None
-    compare(ops.attention, given, options, backward=width > 1 or not normed)
+    mask = options.get("key_mask")
+    terms = _terms(**given, causal=options["causal"], scale=options["scale"], key_mask=mask)
+    compare(ops.attention, given, options, backward=width > 1 or not normed, terms=terms)
 
 
 @fuzzed(40, data=DATA, dtype=DTYPES, batch=st.integers(0, 4), queries=SIZES, keys=SIZES, causal=st.booleans())
@@ -57,7 +59,8 @@ def test_attention_of_a_single_head(
         return ops.attention(q[:, :, None], k[:, :, None], v[:, :, None], causal=causal)[:, :, 0]
 
     bias = LowerTriangularMask() if causal else None
-    compare(ops.attention, given, {"attn_bias": bias}, reference=lambda attn_bias, **x: with_heads(**x))
+    terms = _terms(**{name: x[:, :, None] for name, x in given.items()}, causal=causal)
+    compare(ops.attention, given, {"attn_bias": bias}, terms=terms, reference=lambda attn_bias, **x: with_heads(**x))
 
 
 @fuzzed(60, data=DATA, dtype=DTYPES, blocks=st.integers(1, 4), heads=st.integers(1, 3), causal=st.booleans())
@@ -79,7 +82,13 @@ def test_attention_of_sequences_end_to_end(
 
     kind = BlockDiagonalCausalMask if causal else BlockDiagonalMask
     bias = kind(*(SeqInfo.of(each) for each in lengths))
-    compare(ops.attention, given, {"attn_bias": bias}, reference=one_by_one)
+    sequence = [torch.arange(blocks).repeat_interleave(torch.tensor(each)) for each in lengths]
+    position = [torch.cat([torch.arange(length) for length in each]) for each in lengths]
+    hidden = sequence[0][:, None] != sequence[1]
+    if causal:
+        hidden |= position[0][:, None] < position[1]
+    terms = _terms(**given, hidden=hidden)
+    compare(ops.attention, given, {"attn_bias": bias}, terms=terms, reference=one_by_one)
 
 
 @fuzzed(
@@ -120,19 +129,32 @@ def test_scaled_dot_product_attention(
     # The gradients of grouped keys are sums, of what is rounded to half precision before.
     backward = groups is None or dtype == torch.float32
     reference = F.scaled_dot_product_attention
-    terms = _terms(given, options, groups or 1)
+    each = (given["query"], *(x.repeat_interleave(groups, -3) if groups else x for x in (given["key"], given["value"])))
+    heads = (x.reshape(-1, 1, *x.shape[-2:]).transpose(1, 2) for x in each)
+    hidden = ~options.get("attn_mask", torch.tensor(True)).expand(*many[:-1], keys).reshape(-1, 1, queries, keys)
+    found = _terms(*heads, causal=options["is_causal"], scale=scale, hidden=hidden)
+    terms = {"query": found["q"], "key": found["k"] * (groups or 1) ** 0.5}
     compare(scaled_dot_product_attention, given, options, backward=backward, terms=terms, reference=reference)
 
 
-def _terms(given: dict[str, Tensor], options: dict[str, Any], groups: int) -> dict[str, float]:
-    """Sizes of what cancels in the gradients of queries and keys: see :func:`compare`."""
-    query = given["query"]
-    pairs = (*query.shape[:-1], given["key"].shape[-2])
-    hidden = ~options.get("attn_mask", torch.tensor(True)).expand(pairs)
-    if options["is_causal"]:
-        hidden = hidden | torch.ones(pairs[-2:], dtype=torch.bool).triu(1)
-    keys = [given[name] if groups == 1 else given[name].repeat_interleave(groups, -3) for name in ("key", "value")]
-    q, k, v, grad = (x.reshape(-1, 1, *x.shape[-2:]).transpose(1, 2) for x in (query, *keys, *upstream(query.shape)))
-    scale = query.shape[-1] ** -0.5 if options["scale"] is None else options["scale"]
-    found = attention_terms(q, k, v, grad, scale, hidden=hidden.reshape(-1, 1, *pairs[-2:]))
-    return {"query": found["q"], "key": found["k"] * groups**0.5}
+def _terms(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_weight: Tensor | None = None,
+    k_weight: Tensor | None = None,
+    *,
+    causal: bool = False,
+    scale: float | None = None,
+    key_mask: Tensor | None = None,
+    hidden: Tensor | None = None,
+) -> dict[str, float]:
+    """Sizes of what cancels in the gradients of queries, keys and their weights: see :func:`compare`."""
+    away = torch.zeros(q.shape[1], k.shape[1], dtype=torch.bool) if hidden is None else hidden
+    if causal:
+        away = away | torch.ones(q.shape[1], k.shape[1], dtype=torch.bool).triu(1)
+    if key_mask is not None:
+        away = away | ~key_mask[:, None, None]
+    (grad,) = upstream(q.shape)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    return attention_terms(q, k, v, grad, scale, q_weight, k_weight, away)
