@@ -36,6 +36,11 @@ _SOURCES = {page: source for source, page in PAGES.items()}
 _LINK = re.compile(r"(?<=\]\()(?!\w+:|#)([^)\s#]+)(#[^)\s]*)?(?=\))")
 _FORMULA = re.compile(r'(<(span|div) class="arithmatex">)\\[(\[](.*?)\\[)\]](</\2>)', re.DOTALL)
 _FUNCTION = re.compile(r"<m([io])>([A-Za-z]{2,})</m\1>(?=((?:<mrow>)?<mo[^>]*>&#x00028;)?)")
+_OVERLINE = re.compile(r'<mover>((?:(?!<mover>).)*?)<mo accent="true">&#x02015;</mo></mover>')
+#: Operators that stand no farther from their neighbours than letters.
+_CLOSE = re.compile(r'<mo(?: stretchy="false")?>(\||&#x000(?:7C|2F);|&#x02202;|&#x0221E;)</mo>')
+#: A minus after a bracket, a comma or a relation is a sign.
+_SIGN = re.compile(r"((?:\[|&#x000(?:28|2C|3D);)</mo>)<mo>&#x02212;</mo>")
 _OVERVIEW = """# Benchmarks
 
 The table has all timings in `benchmarks/results`, one line for each operation in a file. A peer's figure is its time
@@ -104,6 +109,9 @@ def mathml(tex: str, *, display: bool) -> str:
     except Exception as error:
         _log.warning("formula %r: %s", tex, error)
         return f"<code>{tex}</code>"
+    formula = _CLOSE.sub(r'<mo stretchy="false" lspace="0" rspace="0">\1</mo>', formula)
+    formula = _SIGN.sub(r'\1<mo form="prefix" lspace="0" rspace="0">&#x02212;</mo>', formula)
+    formula = _OVERLINE.sub(r'<mrow class="overline">\1</mrow>', formula)  # few fonts have a bar of any length
     return _FUNCTION.sub(_spaced, formula.replace(r"\_", "_"))  # which the converter leaves as it is in \text
 
 

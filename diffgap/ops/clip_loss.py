@@ -2,7 +2,9 @@ r"""CLIP loss: symmetric cross-entropy over the similarities of a batch, with no
 kernel runs.
 
 .. math::
-    S = \text{logit\_scale} \; a b^\top, \qquad
+    S = \text{logit\_scale} \; a b^\top
+
+.. math::
     r_i = -\frac{1}{|P_i|} \sum_{j \in P_i} \log \operatorname{softmax}_j (S_{ij}), \qquad
     c_j = -\frac{1}{|P_j|} \sum_{i \in P_j} \log \operatorname{softmax}_i (S_{ij})
 

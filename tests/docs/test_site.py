@@ -74,6 +74,14 @@ def test_names_of_functions_stand_apart() -> None:
     assert rspace(r"\ln(u)") == rspace(r"\log \left( u \right)") == "0"
 
 
+def test_operators_stand_where_tex_puts_them() -> None:
+    formula = docs_site.mathml(r"\overline{\hat u} / \overline{|w|}", display=True)
+    assert formula.count('<mrow class="overline">') == 2 and formula.count("<mover") == 1
+    assert formula.count('lspace="0" rspace="0"') == 3
+    for tex, signs in ((r"f(-h) = -g", 2), (r"[-1, -2]", 2), (r"a - b", 0)):
+        assert docs_site.mathml(tex, display=False).count('form="prefix"') == signs
+
+
 def test_docstrings_become_markdown() -> None:
     text = "Cost of :func:`~a.b` in :math:`O(n)`:\n\n.. math::\n    a = b,\n    c\n\nAs scores[x][y], [x][y] -> z.\n"
     expected = "Cost of `a.b` in $O(n)$:\n\n$$\na = b, c\n$$\n\nAs scores[x][y], `[x][y]` -> z."
