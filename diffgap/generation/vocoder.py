@@ -67,6 +67,10 @@ class HiFiGAN:
     Args:
         path: Folder with config.json and weights.
         settings: Of the spectrograms that it was trained on; AudioLDM's by default, whose hop follows from the folder.
+
+    Raises:
+        FileNotFoundError: No config.json.
+        ValueError: A file that is damaged, weights that are missing, or settings of another hop or number of bands.
     """
 
     def __init__(self, path: str | os.PathLike[str], settings: MelSettings | None = None) -> None:
@@ -76,9 +80,14 @@ class HiFiGAN:
         if not (Path(path) / "config.json").is_file():
             raise FileNotFoundError(f"{path} holds no config.json; give the folder of a saved SpeechT5HifiGan")
         try:
-            self._model = SpeechT5HifiGan.from_pretrained(path, local_files_only=True).eval()
+            loaded: Any = SpeechT5HifiGan.from_pretrained(path, local_files_only=True, output_loading_info=True)
         except Exception as error:  # of many packages
             raise _damaged(path, "SpeechT5HifiGan", error) from error
+        model, found = loaded
+        # transformers would leave them as they were drawn.
+        if missing := sorted(found["missing_keys"]):
+            raise _damaged(path, "SpeechT5HifiGan", f"no weights {missing[0]}")
+        self._model = model.eval()
         config = self._model.config
         hop = int(np.prod(config.upsample_rates))
         self.settings = settings or MelSettings(config.sampling_rate, 1024, hop, config.model_in_dim)
@@ -192,6 +201,6 @@ def _part(content: Any, name: str, expected: str, folder: Path) -> dict[str, Any
     return arguments
 
 
-def _damaged(folder: str | os.PathLike[str], kind: str, error: Exception) -> ValueError:
+def _damaged(folder: str | os.PathLike[str], kind: str, error: Exception | str) -> ValueError:
     """The one error for a folder of a vocoder in which something is wrong."""
     return ValueError(f"{folder} does not hold a whole {kind} ({' '.join(str(error).split())[:200]}); copy it again")

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import yaml
 from hypothesis import strategies as st
 
@@ -239,11 +240,15 @@ def test_a_hifigan_that_is_damaged(tmp_path: Path) -> None:
     transformers.SpeechT5HifiGan(config).save_pretrained(tmp_path)
     HiFiGAN(tmp_path)
     weights = tmp_path / "model.safetensors"
+    whole = safetensors.torch.load_file(weights)
     content = weights.read_bytes()
     for damage in (b"", content[:100], bytes([content[0] ^ 1]) + content[1:]):
         weights.write_bytes(damage)
         with harmless(), pytest.raises(ValueError, match=f"{tmp_path} does not hold a whole SpeechT5HifiGan"):
             HiFiGAN(tmp_path)
+    safetensors.torch.save_file({name: x for name, x in whole.items() if name != "conv_pre.bias"}, weights)
+    with pytest.raises(ValueError, match=r"\(no weights conv_pre.bias\)"):
+        HiFiGAN(tmp_path)
     weights.unlink()
     (tmp_path / "pytorch_model.bin").write_bytes(bomb(tmp_path))
     with harmless(), pytest.raises(ValueError, match=f"{tmp_path} does not hold a whole SpeechT5HifiGan"):
