@@ -68,7 +68,7 @@ def _run(tool: str, compiled: Any, *options: str) -> str:
 
 def sass(compiled: Any) -> str:
     """Disassembly of a kernel that Triton compiled for an NVIDIA chip."""
-    return _run("nvdisasm", compiled, "-c")
+    return _run("nvdisasm", compiled, "-c", "-ndf")  # without data flow, which nothing here reads
 
 
 def resources(compiled: Any) -> Resources:

@@ -297,7 +297,7 @@ from tests.ops.test_adaln import adaln, inputs, outputs_and_gradients
 
 results = []
 for dtype in (torch.float32, torch.float16, torch.bfloat16):
-    for shape in ((2, 3, 1), (3, 17, 7), (2, 33, 100), (1, 40, 512), (6, 3000, 512)):
+    for shape in ((2, 3, 1), (3, 17, 7), (2, 33, 100), (1, 40, 512), (3, 3000, 128)):
         for options in ({}, {"per_token": True}, {"first": True}):
             if shape[1] < 3000 or dtype == torch.float32:
                 results += outputs_and_gradients(adaln, inputs(*shape, dtype, **options))
