@@ -20,16 +20,16 @@ install: $(INSTALLED)
 # torch first, and no build isolation, so that the extension compiles against the torch it will run with.
 $(INSTALLED): pyproject.toml setup.py $(wildcard csrc/*/*)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --no-compile --upgrade "pip<27" "setuptools>=77" wheel ninja
-	$(BIN)/pip install --quiet --no-compile "torch>=2.10" numpy
-	$(BIN)/pip install --quiet --no-compile --no-build-isolation --editable ".[$(EXTRAS)]"
+	$(BIN)/pip install --quiet --upgrade "pip<27" "setuptools>=77" wheel ninja
+	$(BIN)/pip install --quiet "torch>=2.10" numpy
+	$(BIN)/pip install --quiet --no-build-isolation --editable ".[$(EXTRAS)]"
 	rm -f $(VENV)/.installed-*
 	touch $@
 
 # Packages whose own requirements would put numpy back below 2, or add much that is not used; their tests skip without.
 unpinned: install
-	$(BIN)/pip install --quiet --no-compile --no-deps aisfx==0.1.2 laion-clap torchlibrosa panns-inference==0.1.1
-	$(BIN)/pip install --quiet --no-compile torchvision transformers librosa h5py pandas webdataset wget ftfy
+	$(BIN)/pip install --quiet --no-deps aisfx==0.1.2 laion-clap torchlibrosa panns-inference==0.1.1
+	$(BIN)/pip install --quiet torchvision transformers librosa h5py pandas webdataset wget ftfy
 
 demo: install
 	$(BIN)/diffgap demo $(if $(STEPS),--steps $(STEPS))

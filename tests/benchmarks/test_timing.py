@@ -70,8 +70,16 @@ def test_cpu_clock_calls_as_often_as_told(threads: int) -> None:
     assert len(count) == 7
 
 
-def test_cpu_clock_of_one_thread_does_not_count_time_not_run() -> None:
-    assert timing.CpuClock(1)(lambda: time.sleep(0.05), 1) < 0.05 <= timing.CpuClock(2)(lambda: time.sleep(0.05), 1)
+def test_cpu_clock_of_one_thread_does_not_count_time_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = {"process_time": 10.0, "perf_counter": 20.0}
+    for name in seconds:
+        monkeypatch.setattr(time, name, lambda name=name: seconds[name])
+
+    def half_asleep() -> None:
+        seconds["process_time"] += 1.0
+        seconds["perf_counter"] += 2.0
+
+    assert [timing.CpuClock(threads)(half_asleep, 3) for threads in (1, 2)] == [1.0, 2.0]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="peak memory on the CPU is read from Linux's /proc")
