@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from types import SimpleNamespace
 from typing import get_args
 
@@ -104,6 +105,11 @@ def test_every_row_is_compiled_in_the_proof(chip: str) -> None:
         assert sorted({width for (width,) in sizes["adaln", product]}) == list(CONFIGS[chip].adaln)
 
 
+def alike(chip: str) -> list[str]:
+    """The chips with the table of this one."""
+    return [other for other in CHIPS if CONFIGS[other] == CONFIGS[chip]]
+
+
 @pytest.mark.parametrize("chip", CHIPS)
 def test_ci_compiles_every_row_that_has_other_values(chip: str) -> None:
     table, of_chip = CONFIGS[chip], cases("ci", chips=[chip])
@@ -116,6 +122,14 @@ def test_ci_compiles_every_row_that_has_other_values(chip: str) -> None:
             shipped = {table.short[product, rows, wide] for wide in (False, True)}
             assert shipped == {table.short[product, rows, wide] for size, wide in tokens if size == rows}
         assert {d > 64 for n_q, _, d in sizes if n_q > SHORT} == {False, True}
+
+
+def test_ci_compiles_every_row_of_a_table_once() -> None:
+    """For one of the chips that share the table."""
+    of_tables = Counter(case._replace(chip=alike(case.chip)[0]) for case in cases("ci"))
+    assert of_tables == Counter(case for chip in CHIPS if chip == alike(chip)[0] for case in cases("ci", chips=[chip]))
+    assert alike("sm_89") == ["sm_80", "sm_86", "sm_89"]
+    assert {case.chip for case in cases("ci")} == set(CHIPS)
 
 
 @pytest.mark.parametrize(
