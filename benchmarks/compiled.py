@@ -138,7 +138,9 @@ def cases(
     place: Counter[tuple[str, str]] = Counter()
     kept = []
     for case in found:
-        kept += [case] * (place[case[:2]] % len(alike[case.chip]) == alike[case.chip].index(case.chip))
+        sharing = alike[case.chip]
+        if place[case[:2]] % len(sharing) == sharing.index(case.chip):
+            kept.append(case)
         place[case[:2]] += 1
     return kept
 
