@@ -27,6 +27,7 @@ def run_training(config: RunConfig, output: Path) -> TrainResult[DiffGAP]:
     """Train with a progress bar that shows the loss and the last validation score."""
     from diffgap.diagnose import DiagnosticsCallback
     from diffgap.retrieval.evaluate import validation_scores
+    from diffgap.training.group import ending_process_group
     from diffgap.training.runs import load_data
     from diffgap.training.trainer import Trainer
 
@@ -56,7 +57,10 @@ def run_training(config: RunConfig, output: Path) -> TrainResult[DiffGAP]:
 
         store = load_data(config.data)
         callbacks = [DiagnosticsCallback()] if config.train.diagnose else []
-        result = Trainer(config, store, output, validate=validation_scores, report=report, callbacks=callbacks).train()
+        with ending_process_group():
+            result = Trainer(
+                config, store, output, validate=validation_scores, report=report, callbacks=callbacks
+            ).train()
     together = f" in {result.processes} processes" if result.processes > 1 else ""
     console.print(
         f"trained {result.step} steps{together}; "

@@ -54,6 +54,7 @@ def requested_generator(arguments: Sequence[str]) -> GeneratorRunConfig:
 def _run(config: GeneratorRunConfig, output: Path) -> None:
     from diffgap.data.store import EmbeddingStore
     from diffgap.generation.trainer import GeneratorTrainer
+    from diffgap.training.group import ending_process_group
 
     if not config.data.path:
         raise ValueError("--data.path is not given; name a store that `diffgap embed ... --mel log-mel` made")
@@ -74,7 +75,8 @@ def _run(config: GeneratorRunConfig, output: Path) -> None:
             progress.update(task, completed=step, losses=f"loss {values['loss']:.4f} {validated}")
 
         store = EmbeddingStore.open(config.data.path)
-        result = GeneratorTrainer(config, store, output, report=report).train()
+        with ending_process_group():
+            result = GeneratorTrainer(config, store, output, report=report).train()
     console.print(
         f"trained {result.step} steps; least validation loss {-result.best_score:.4f} at step {result.best_step}; "
         f"model in {escape(str(output / 'model'))}"

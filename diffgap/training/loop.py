@@ -145,6 +145,9 @@ class TrainingLoop(ABC, Generic[Model]):
     def train(self) -> TrainResult[Model]:
         """Train to the last step, or to the early stop, and save the best averaged model to ``folder/model``.
 
+        The process group that accelerate begins under a launcher stays, for what comes next:
+        :func:`diffgap.training.group.ending_process_group` around the trainer ends it.
+
         Raises:
             ValueError: Another run trains into the folder, or its last checkpoint is damaged.
             RuntimeError: The loss or a gradient is no longer finite, or one of the run's processes is lost.

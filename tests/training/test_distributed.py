@@ -18,16 +18,20 @@ import torch
 from safetensors.torch import load_file
 
 from diffgap.data.store import EmbeddingStore, write_store
+from diffgap.generation.trainer import GeneratorData, GeneratorTrainer
 from diffgap.models.bridge import DiffGAP
 from diffgap.retrieval.evaluate import validation_scores
 from diffgap.training.config import RunConfig
 from diffgap.training.plan import batch_rows, row_seeds
 from diffgap.training.trainer import Trainer, leaves_out_parameters
+from tests.generation.test_trainer import make_config as make_generator_config
+from tests.generation.test_trainer import make_store as make_mel_store
 from tests.synthetic import DIMS, TINY, make_config, make_store, with_bridge
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 20
 PROCESSES = 2
+NO_THREADS = "threads of gloo: 0"
 TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(PROCESSES)]
 # With --cpu it starts one process, whatever their number: it leaves several to mpirun.
 ACCELERATE = ["accelerate.commands.accelerate_cli", "launch", "--multi_gpu", "--num_processes", str(PROCESSES)]
@@ -115,10 +119,24 @@ def test_torchrun_trains_to_the_losses_of_one_process(undisturbed: tuple[RunConf
 def test_accelerate_trains_to_the_losses_of_one_process(tmp_path: Path) -> None:
     config = run_config(tmp_path, contrastive="siglip", init_logit_scale=10.0, split="half")
     config = replace(config, train=replace(config.train, batch_size=24))  # 12 rows a process, of 6 directions
-    done = launch(ACCELERATE, "diffgap", *command(config, tmp_path / "together"))
+    done = launch(ACCELERATE, "tests.training.ending_worker", *command(config, tmp_path / "together"))
     assert_trained_together(done)
+    assert done.stdout.count(NO_THREADS) == PROCESSES, "one that is at work while Python ends may abort the process"
     train_alone(config, tmp_path / "alone")
     assert_same_losses(tmp_path / "alone", tmp_path / "together")
+
+
+def test_a_generator_is_trained_in_two_processes_as_in_one_and_ends_their_group(tmp_path: Path) -> None:
+    write_store(tmp_path / "store", make_mel_store())
+    config = replace(make_generator_config(batch_size=16), data=GeneratorData(str(tmp_path / "store")))
+    config.save(tmp_path / "run.yaml")
+    arguments = ["train-generator", str(tmp_path / "together"), "--config", str(tmp_path / "run.yaml")]
+    done = launch(TORCHRUN, "tests.training.ending_worker", *arguments)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count(NO_THREADS) == PROCESSES, done.stdout
+    GeneratorTrainer(config, EmbeddingStore.open(tmp_path / "store"), tmp_path / "alone").train()
+    losses = [[entry["loss"] for entry in log(tmp_path / folder)] for folder in ("together", "alone")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
 def test_the_compared_runs_are_those_that_are_hard_to_get_right(tmp_path: Path) -> None:
