@@ -18,9 +18,10 @@ __all__ = ["ending_process_group"]
 def ending_process_group() -> Iterator[None]:
     """Destroys the default process group that was begun inside the block.
 
-    A thread of gloo that frees the tensors of a collective while Python shuts down aborts its process (``terminate
-    called without an active exception``), and the launcher calls a job failed whose work is done. After a failure the
-    group is left alone: its destruction may wait for a process that hangs.
+    A thread of gloo that frees the tensors of a collective while Python shuts down may abort its process (``terminate
+    called without an active exception``; pytorch's pull request 179291), and the launcher calls a job failed whose work
+    is done. The threads end with the last reference to the group, so what holds it, such as a trainer, must be gone at
+    the end of the block. After a failure the group is left alone: its destruction may wait for a process that hangs.
     """
     given = dist.is_initialized()
     yield
